@@ -1,0 +1,17 @@
+"""What flashmoe raises. Every message names the file, tensor or argument, and what to do about it."""
+
+
+class FlashMoeError(Exception):
+    """Base of everything that flashmoe raises on purpose."""
+
+
+class CheckpointError(FlashMoeError):
+    """A checkpoint is damaged, incomplete or of an unsupported kind."""
+
+
+class ReadError(FlashMoeError, OSError):
+    """A weight could not be read while running: short read, I/O error, file gone or changed."""
+
+
+class StateError(FlashMoeError, RuntimeError):
+    """A model or state is closed, full, or in use by another thread."""

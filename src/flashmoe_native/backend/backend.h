@@ -1,0 +1,125 @@
+// What the forward pass asks of a device: about a dozen operations, and memory that host and device
+// both see. Operations take effect in the order they are called; their results may be read on the
+// host after finish(). Activations are float32, row-major, one row a token.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+
+#include "core/dtype.h"
+
+namespace flashmoe {
+
+// A weight of shape [rows, cols], rows being outputs; y = W x. Dense, or affine-quantised in MLX's
+// format: bits-wide unsigned q in uint32 words, low end first, w = q * scale + bias for each group of
+// `group` columns. Nothing need be aligned beyond 2 bytes.
+struct Matrix {
+  int rows = 0;
+  int cols = 0;
+  DType dtype = DType::F32;  // of the elements, or of scales and biases where quantised
+  int bits = 0;              // 0: dense; else 2, 4 or 8
+  int group = 0;             // 32, 64 or 128
+  const std::byte* weight = nullptr;
+  const std::byte* scales = nullptr;  // [rows, cols / group]
+  const std::byte* biases = nullptr;  // [rows, cols / group]
+};
+
+// out[t, row] = weight · x[t], or added to what out holds; out is [n, weight->rows].
+struct Product {
+  const Matrix* weight;
+  float* out;
+  bool add = false;
+};
+
+// out[out_rows[i]] = down(silu(gate x) * up x) with x = row tokens[i] of the input; out rows are hidden wide.
+struct ExpertCall {
+  Matrix gate, up, down;
+  std::span<const int32_t> tokens;
+  std::span<const int32_t> out_rows;
+  float* out;
+};
+
+struct ConvCall {
+  int channels;
+  int kernel;
+  const float* weight;     // [kernel, channels], oldest tap first
+  const float* state_in;   // [kernel - 1, channels], oldest first
+  float* state_out;        // likewise, after the last token; never aliases state_in
+  float* x;                // [n, channels], replaced by silu(conv(x))
+};
+
+// The gated delta rule, then norm_gated, per token and value head h with key head h / (Hv / Hk):
+//   q, k = l2norm(q) * Dk^-0.5, l2norm(k); beta = sigmoid(b); g = -exp(A_log) softplus(a + dt_bias)
+//   S *= exp(g); d = beta (v - S^T k); S += k d^T; o = S^T q; out = norm * rms(o) * silu(z)
+struct DeltaCall {
+  int key_heads, value_heads, key_dim, value_dim;
+  float norm_eps;
+  const float* a_log;      // [value_heads]
+  const float* dt_bias;    // [value_heads]
+  const float* norm;       // [value_dim]
+  const float* qkv;        // [n, 2 * key_heads * key_dim + value_heads * value_dim], convolved
+  const float* z;          // [n, value_heads * value_dim]
+  const float* a;          // [n, value_heads]
+  const float* b;          // [n, value_heads]
+  const float* state_in;   // [value_heads, key_dim, value_dim]
+  float* state_out;        // likewise; never aliases state_in
+  float* out;              // [n, value_heads * value_dim]
+};
+
+// Causal attention of n tokens at `position`, whose keys and values join the cache first.
+struct AttentionCall {
+  int heads, kv_heads, head_dim, rotary_dim;
+  float rope_theta, norm_eps;
+  const float* q_norm;     // [head_dim]
+  const float* k_norm;     // [head_dim]
+  const float* q_gate;     // [n, heads, 2 * head_dim]: per head the query, then the output's gate
+  const float* k;          // [n, kv_heads, head_dim], before norm and RoPE
+  const float* v;          // [n, kv_heads, head_dim]
+  int64_t position;        // tokens already in the cache
+  int64_t capacity;        // of the cache, at least position + n
+  DType cache_dtype;       // F32 or BF16
+  std::byte* keys;         // [kv_heads, capacity, head_dim], after norm and RoPE
+  std::byte* values;       // [kv_heads, capacity, head_dim]
+  float* out;              // [n, heads * head_dim], times sigmoid(gate)
+};
+
+struct CombineCall {
+  int hidden;
+  int top_k;
+  const float* expert_out;     // [n * top_k, hidden]: row t * top_k + j is token t's j-th expert
+  const float* expert_weights; // [n, top_k]
+  const float* shared_out;     // [n, hidden]
+  const float* shared_gate;    // [n], before its sigmoid
+  float* x;                    // [n, hidden], added to in the order j = 0, 1, ..., then shared
+};
+
+class Backend {
+ public:
+  // Page-aligned, 2 MiB-aligned when at least as large, zeroed; freed with the backend still alive.
+  using Buffer = std::unique_ptr<std::byte[], void (*)(std::byte*)>;
+
+  virtual ~Backend() = default;
+  virtual Buffer allocate(size_t bytes) = 0;
+
+  virtual void embed(const Matrix& table, std::span<const int32_t> ids, float* out) = 0;
+  virtual void rms_norm(int n, int width, const float* x, const float* weight, float eps,
+                        float* out) = 0;
+  // One input for several matrices, so that it is read (and quantised) once. x is [n, cols].
+  virtual void matmul(int n, const float* x, std::span<const Product> products) = 0;
+  virtual void causal_conv(int n, const ConvCall& call) = 0;
+  virtual void gated_delta(int n, const DeltaCall& call) = 0;
+  virtual void attention(int n, const AttentionCall& call) = 0;
+  // Softmax over all `experts` logits, the top_k largest (ties: lower index first) in falling order,
+  // weights divided by their sum if `renormalise`. ids and weights are [n, top_k].
+  virtual void route(int n, int experts, int top_k, bool renormalise, const float* logits,
+                     int32_t* ids, float* weights) = 0;
+  // x is [n, hidden]. The calls' outputs do not overlap.
+  virtual void experts(int n, const float* x, std::span<const ExpertCall> calls) = 0;
+  virtual void combine(int n, const CombineCall& call) = 0;
+  // Returns when everything asked for so far is done.
+  virtual void finish() = 0;
+};
+
+}  // namespace flashmoe

@@ -1,0 +1,58 @@
+// Element types of stored tensors, and their conversion to float.
+#pragma once
+
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+
+namespace flashmoe {
+
+enum class DType : uint8_t { F32, F16, BF16 };
+
+// Named as in a safetensors header: "F32", "F16", "BF16".
+inline DType parse_dtype(std::string_view name) {
+  if (name == "F32") return DType::F32;
+  if (name == "F16") return DType::F16;
+  if (name == "BF16") return DType::BF16;
+  throw std::invalid_argument("dtype is not F32, F16 or BF16: " + std::string(name));
+}
+
+constexpr size_t size_of(DType dtype) { return dtype == DType::F32 ? 4 : 2; }
+
+inline float bf16_to_float(uint16_t bits) { return std::bit_cast<float>(uint32_t{bits} << 16); }
+
+// Round to nearest, ties to even; NaN stays NaN.
+inline uint16_t float_to_bf16(float value) {
+  uint32_t bits = std::bit_cast<uint32_t>(value);
+  if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>((bits >> 16) | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+inline float f16_to_float(uint16_t half) {
+  // Shift exponent and mantissa into place, then let one multiplication rebias the exponent
+  // (2^112), which also normalises subnormals; infinities and NaN keep an all-ones exponent.
+  const uint32_t sign = uint32_t{half & 0x8000u} << 16;
+  const uint32_t magnitude = uint32_t{half & 0x7fffu} << 13;
+  const float scaled = std::bit_cast<float>(magnitude) * std::bit_cast<float>(uint32_t{0x77800000});
+  uint32_t bits = std::bit_cast<uint32_t>(scaled);
+  if ((half & 0x7c00u) == 0x7c00u) bits |= 0x7f800000u;
+  return std::bit_cast<float>(bits | sign);
+}
+
+// Element `index` of an array of `dtype` that need not be aligned.
+inline float load_float(const void* data, DType dtype, size_t index) {
+  const auto* bytes = static_cast<const std::byte*>(data);
+  if (dtype == DType::F32) {
+    float value;
+    __builtin_memcpy(&value, bytes + 4 * index, 4);
+    return value;
+  }
+  uint16_t half;
+  __builtin_memcpy(&half, bytes + 2 * index, 2);
+  return dtype == DType::BF16 ? bf16_to_float(half) : f16_to_float(half);
+}
+
+}  // namespace flashmoe
