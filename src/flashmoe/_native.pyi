@@ -1,6 +1,6 @@
 """The native core: what Python hands over, and what it gets back."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,17 +46,24 @@ class State:
     def restore(self, position: int, tensors: dict[str, npt.NDArray[Any]]) -> None: ...
 
 class Engine:
-    """A loaded model. One call at a time; a second thread gets StateError."""
+    """A loaded model. One thread at a time uses it and its states; a second gets StateError.
+
+    config holds ModelConfig's fields and `experts_per_token`, the number in force. progress is called
+    with (bytes read, bytes in all) while weights are loaded. Raises ReadError, CheckpointError (a
+    weight is infinite or NaN), KeyboardInterrupt.
+    """
 
     def __init__(
         self,
         config: dict[str, Any],
         checkpoint: Checkpoint,
         *,
-        precision: str,
-        threads: int,
-        cache_bytes: int,
-        chunk: int,
+        backend: str = "cpu",
+        precision: str = "int8",
+        threads: int = 1,
+        cache_bytes: int = 0,
+        chunk: int = 256,
+        progress: Callable[[int, int], None] | None = None,
     ) -> None: ...
     def new_state(self) -> State: ...
     def forward(
@@ -64,9 +71,13 @@ class Engine:
     ) -> npt.NDArray[np.float32]:
         """Appends ids to state; float32 logits [vocab] of the last one, or [len(ids), vocab].
 
-        On any exception state is as before. Raises ReadError, StateError, KeyboardInterrupt.
+        ids go through in chunks of `chunk`. After an exception (ReadError, CheckpointError,
+        StateError, KeyboardInterrupt) state is as it was before the chunk that failed.
         """
-    def stats(self) -> dict[str, float]: ...
+    def stats(self) -> dict[str, float]:
+        """reads, bytes_read, bytes_cached (of them in the page cache; -1 where the system cannot
+        tell), read_seconds (summed over reads, which overlap), wait_seconds, expert_hits,
+        expert_misses, tokens, forward_seconds, resident_bytes, slot_bytes, activation_bytes."""
     def close(self) -> None: ...
 
 def cpu_kernels() -> str:

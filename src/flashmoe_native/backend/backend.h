@@ -13,8 +13,8 @@
 namespace flashmoe {
 
 // A weight of shape [rows, cols], rows being outputs; y = W x. Dense, or affine-quantised in MLX's
-// format: bits-wide unsigned q in uint32 words, low end first, w = q * scale + bias for each group of
-// `group` columns. Nothing need be aligned beyond 2 bytes.
+// format: bits-wide unsigned q in uint32 words, low end first, w = q * scale + bias for each group
+// of `group` columns. Nothing need be aligned beyond 2 bytes.
 struct Matrix {
   int rows = 0;
   int cols = 0;
@@ -33,7 +33,8 @@ struct Product {
   bool add = false;
 };
 
-// out[out_rows[i]] = down(silu(gate x) * up x) with x = row tokens[i] of the input; out rows are hidden wide.
+// out[out_rows[i]] = down(silu(gate x) * up x) with x = row tokens[i] of the input; out rows are
+// hidden wide.
 struct ExpertCall {
   Matrix gate, up, down;
   std::span<const int32_t> tokens;
@@ -44,10 +45,10 @@ struct ExpertCall {
 struct ConvCall {
   int channels;
   int kernel;
-  const float* weight;     // [kernel, channels], oldest tap first
-  const float* state_in;   // [kernel - 1, channels], oldest first
-  float* state_out;        // likewise, after the last token; never aliases state_in
-  float* x;                // [n, channels], replaced by silu(conv(x))
+  const float* weight;    // [kernel, channels], oldest tap first
+  const float* state_in;  // [kernel - 1, channels], oldest first
+  float* state_out;       // likewise, after the last token; never aliases state_in
+  float* x;               // [n, channels], replaced by silu(conv(x))
 };
 
 // The gated delta rule, then norm_gated, per token and value head h with key head h / (Hv / Hk):
@@ -56,43 +57,43 @@ struct ConvCall {
 struct DeltaCall {
   int key_heads, value_heads, key_dim, value_dim;
   float norm_eps;
-  const float* a_log;      // [value_heads]
-  const float* dt_bias;    // [value_heads]
-  const float* norm;       // [value_dim]
-  const float* qkv;        // [n, 2 * key_heads * key_dim + value_heads * value_dim], convolved
-  const float* z;          // [n, value_heads * value_dim]
-  const float* a;          // [n, value_heads]
-  const float* b;          // [n, value_heads]
-  const float* state_in;   // [value_heads, key_dim, value_dim]
-  float* state_out;        // likewise; never aliases state_in
-  float* out;              // [n, value_heads * value_dim]
+  const float* a_log;     // [value_heads]
+  const float* dt_bias;   // [value_heads]
+  const float* norm;      // [value_dim]
+  const float* qkv;       // [n, 2 * key_heads * key_dim + value_heads * value_dim], convolved
+  const float* z;         // [n, value_heads * value_dim]
+  const float* a;         // [n, value_heads]
+  const float* b;         // [n, value_heads]
+  const float* state_in;  // [value_heads, key_dim, value_dim]
+  float* state_out;       // likewise; never aliases state_in
+  float* out;             // [n, value_heads * value_dim]
 };
 
 // Causal attention of n tokens at `position`, whose keys and values join the cache first.
 struct AttentionCall {
   int heads, kv_heads, head_dim, rotary_dim;
   float rope_theta, norm_eps;
-  const float* q_norm;     // [head_dim]
-  const float* k_norm;     // [head_dim]
-  const float* q_gate;     // [n, heads, 2 * head_dim]: per head the query, then the output's gate
-  const float* k;          // [n, kv_heads, head_dim], before norm and RoPE
-  const float* v;          // [n, kv_heads, head_dim]
-  int64_t position;        // tokens already in the cache
-  int64_t capacity;        // of the cache, at least position + n
-  DType cache_dtype;       // F32 or BF16
-  std::byte* keys;         // [kv_heads, capacity, head_dim], after norm and RoPE
-  std::byte* values;       // [kv_heads, capacity, head_dim]
-  float* out;              // [n, heads * head_dim], times sigmoid(gate)
+  const float* q_norm;  // [head_dim]
+  const float* k_norm;  // [head_dim]
+  const float* q_gate;  // [n, heads, 2 * head_dim]: per head the query, then the output's gate
+  const float* k;       // [n, kv_heads, head_dim], before norm and RoPE
+  const float* v;       // [n, kv_heads, head_dim]
+  int64_t position;     // tokens already in the cache
+  int64_t capacity;     // of the cache, at least position + n
+  DType cache_dtype;    // F32 or BF16
+  std::byte* keys;      // [kv_heads, capacity, head_dim], after norm and RoPE
+  std::byte* values;    // [kv_heads, capacity, head_dim]
+  float* out;           // [n, heads * head_dim], times sigmoid(gate)
 };
 
 struct CombineCall {
   int hidden;
   int top_k;
-  const float* expert_out;     // [n * top_k, hidden]: row t * top_k + j is token t's j-th expert
-  const float* expert_weights; // [n, top_k]
-  const float* shared_out;     // [n, hidden]
-  const float* shared_gate;    // [n], before its sigmoid
-  float* x;                    // [n, hidden], added to in the order j = 0, 1, ..., then shared
+  const float* expert_out;      // [n * top_k, hidden]: row t * top_k + j is token t's j-th expert
+  const float* expert_weights;  // [n, top_k]
+  const float* shared_out;      // [n, hidden]
+  const float* shared_gate;     // [n], before its sigmoid
+  float* x;                     // [n, hidden], added to in the order j = 0, 1, ..., then shared
 };
 
 class Backend {
@@ -111,8 +112,8 @@ class Backend {
   virtual void causal_conv(int n, const ConvCall& call) = 0;
   virtual void gated_delta(int n, const DeltaCall& call) = 0;
   virtual void attention(int n, const AttentionCall& call) = 0;
-  // Softmax over all `experts` logits, the top_k largest (ties: lower index first) in falling order,
-  // weights divided by their sum if `renormalise`. ids and weights are [n, top_k].
+  // Softmax over all `experts` logits, the top_k largest (ties: lower index first) in falling
+  // order, weights divided by their sum if `renormalise`. ids and weights are [n, top_k].
   virtual void route(int n, int experts, int top_k, bool renormalise, const float* logits,
                      int32_t* ids, float* weights) = 0;
   // x is [n, hidden]. The calls' outputs do not overlap.

@@ -20,9 +20,13 @@ inline DType parse_dtype(std::string_view name) {
   throw std::invalid_argument("dtype is not F32, F16 or BF16: " + std::string(name));
 }
 
-constexpr size_t size_of(DType dtype) { return dtype == DType::F32 ? 4 : 2; }
+constexpr size_t size_of(DType dtype) {
+  return dtype == DType::F32 ? 4 : 2;
+}
 
-inline float bf16_to_float(uint16_t bits) { return std::bit_cast<float>(uint32_t{bits} << 16); }
+inline float bf16_to_float(uint16_t bits) {
+  return std::bit_cast<float>(uint32_t{bits} << 16);
+}
 
 // Round to nearest, ties to even; NaN stays NaN.
 inline uint16_t float_to_bf16(float value) {

@@ -1,16 +1,22 @@
-// The exceptions that native code throws; bindings turn each into the Python class of the same name.
+// The exceptions that native code throws; bindings turn each into the class of flashmoe.errors of
+// the same name.
 #pragma once
 
 #include <stdexcept>
 
 namespace flashmoe {
 
+// Stored weights are not what a model can be computed with (not finite, say).
+struct CheckpointError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 // A file could not be read as its metadata promised: names the file, the offset and what was found.
 struct ReadError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// The object was closed or is in use by another thread.
+// The object is closed, or in use by another thread.
 struct StateError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };

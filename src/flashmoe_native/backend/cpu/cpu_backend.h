@@ -9,9 +9,9 @@ namespace flashmoe {
 
 enum class Precision { kFloat32, kInt8 };
 
-// `threads` computes with so many threads, the caller's among them. Results do not depend on it, nor
-// on how tokens are divided into calls. kInt8 quantises the inputs of quantised matrices to 8 bits
-// per group; kFloat32 keeps them.
+// `threads` computes with so many threads, the caller's among them. Results do not depend on it,
+// nor on how tokens are divided into calls. kInt8 quantises the inputs of quantised matrices to 8
+// bits per group; kFloat32 keeps them.
 std::unique_ptr<Backend> make_cpu_backend(Precision precision, int threads);
 
 // The kernels that make_cpu_backend picks on this machine: "portable", "avx2", "avx512", "neon".

@@ -1,0 +1,359 @@
+// _native.Format, Checkpoint, State, Engine.
+#include "model/engine.h"
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <chrono>
+#include <cstring>
+#include <optional>
+
+#include "backend/cpu/cpu_backend.h"
+#include "bindings/bindings.h"
+#include "core/error.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace flashmoe {
+namespace {
+
+using Extents = nb::ndarray<const int64_t, nb::shape<-1, 3>, nb::c_contig, nb::device::cpu>;
+using Ids = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+std::vector<Extent> to_extents(const Extents& array) {
+  std::vector<Extent> result(array.shape(0));
+  const int64_t* row = array.data();
+  for (Extent& extent : result) {
+    extent = {static_cast<int>(row[0]), row[1], row[2]};
+    row += 3;
+  }
+  return result;
+}
+
+int64_t total_length(const std::vector<Extent>& extents) {
+  int64_t total = 0;
+  for (const Extent& extent : extents) total += extent.length;
+  return total;
+}
+
+// Python has validated the files; what is checked here is only that the table fits together, so
+// that no read can leave its buffer.
+void require(bool holds, const std::string& message) {
+  if (!holds) throw nb::value_error(message.c_str());
+}
+
+void add_matrix(CheckpointSpec& spec, const std::string& name, const Format& format,
+                const std::vector<Extents>& parts) {
+  require(static_cast<int>(parts.size()) == format.parts(), name + ": wrong number of parts");
+  MatrixSpec matrix{format, {}};
+  for (int part = 0; part < format.parts(); ++part) {
+    matrix.parts[part] = to_extents(parts[part]);
+    require(total_length(matrix.parts[part]) == format.part_bytes(part),
+            name + ": extents and shape disagree");
+  }
+  spec.matrices[name] = std::move(matrix);
+}
+
+void add_vector(CheckpointSpec& spec, const std::string& name, int64_t length,
+                const std::string& dtype, const Extents& extents, bool plus_one) {
+  VectorSpec vector{length, parse_dtype(dtype), to_extents(extents), plus_one};
+  require(total_length(vector.extents) == length * static_cast<int64_t>(size_of(vector.dtype)),
+          name + ": extents and length disagree");
+  spec.vectors[name] = std::move(vector);
+}
+
+void add_experts(CheckpointSpec& spec, const Format& gate, const Format& up, const Format& down,
+                 const Extents& extents) {
+  ExpertsSpec experts{gate, up, down, to_extents(extents)};
+  const int parts = experts.parts();
+  require(experts.extents.size() % parts == 0, "experts: extents are not a multiple of parts");
+  std::vector<int64_t> lengths;
+  for (const Format* format : {&gate, &up, &down}) {
+    for (int part = 0; part < format->parts(); ++part) lengths.push_back(format->part_bytes(part));
+  }
+  for (size_t i = 0; i < experts.extents.size(); ++i) {
+    require(experts.extents[i].length == lengths[i % parts], "experts: extent and shape disagree");
+  }
+  spec.experts.push_back(std::move(experts));
+}
+
+ModelConfig to_config(const nb::dict& values) {
+  const auto number = [&](const char* key) { return nb::cast<int>(values[key]); };
+  ModelConfig config;
+  config.hidden = number("hidden_size");
+  config.vocab = number("vocab_size");
+  for (nb::handle type : nb::cast<nb::sequence>(values["layer_types"])) {
+    config.attention_layers.push_back(nb::cast<std::string>(type) == "full_attention");
+  }
+  config.norm_eps = nb::cast<float>(values["rms_norm_eps"]);
+  config.heads = number("num_attention_heads");
+  config.kv_heads = number("num_key_value_heads");
+  config.head_dim = number("head_dim");
+  config.rotary_dim = number("rotary_dim");
+  config.rope_theta = nb::cast<float>(values["rope_theta"]);
+  config.key_heads = number("linear_num_key_heads");
+  config.value_heads = number("linear_num_value_heads");
+  config.key_dim = number("linear_key_head_dim");
+  config.value_dim = number("linear_value_head_dim");
+  config.conv_kernel = number("linear_conv_kernel_dim");
+  config.experts = number("num_experts");
+  config.top_k = number("experts_per_token");
+  config.renormalise = nb::cast<bool>(values["norm_topk_prob"]);
+  return config;
+}
+
+// Runs Python's signal handlers (Ctrl-C) now and then from native code that released the GIL;
+// taking it back may wait for other threads, so not at every call.
+class SignalCheck {
+ public:
+  void operator()() {
+    const auto now = Clock::now();
+    if (now - last_ < std::chrono::milliseconds(20)) return;
+    last_ = now;
+    nb::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() != 0) throw nb::python_error();
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  Clock::time_point last_ = Clock::now();
+};
+
+struct PyState {
+  Engine& engine;  // kept alive by the Python object
+  State state;
+};
+
+// Copies between a cache [kv_heads, capacity, row] and an array [kv_heads, position, row].
+void copy_rows(const State& state, int layer, int kv_heads, std::byte* cache, std::byte* array,
+               bool to_array) {
+  const size_t used = state.row_bytes() * static_cast<size_t>(state.position());
+  const size_t stride = state.row_bytes() * static_cast<size_t>(state.caches[layer].capacity);
+  for (int head = 0; head < kv_heads; ++head) {
+    std::byte* in_cache = cache + stride * head;
+    std::byte* in_array = array + used * head;
+    std::memcpy(to_array ? in_array : in_cache, to_array ? in_cache : in_array, used);
+  }
+}
+
+// Calls visit(name, buffer, bytes, shape, dtype) for every tensor of a state.
+template <typename Visit>
+void visit_tensors(PyState& self, Visit&& visit) {
+  const ModelConfig& config = self.engine.config();
+  State& state = self.state;
+  for (int layer = 0; layer < config.layers(); ++layer) {
+    const std::string prefix = "layers." + std::to_string(layer) + ".";
+    if (config.attention_layers[layer]) {
+      const std::vector<size_t> shape{static_cast<size_t>(config.kv_heads),
+                                      static_cast<size_t>(state.position()),
+                                      static_cast<size_t>(config.head_dim)};
+      visit(prefix + "keys", layer, state.caches[layer].keys.get(), true, shape);
+      visit(prefix + "values", layer, state.caches[layer].values.get(), true, shape);
+    } else {
+      visit(prefix + "conv", layer, state.deltas[layer].conv.get(), false,
+            std::vector<size_t>{static_cast<size_t>(config.conv_kernel - 1),
+                                static_cast<size_t>(config.conv_channels())});
+      visit(prefix + "recurrent", layer, state.deltas[layer].recurrent.get(), false,
+            std::vector<size_t>{static_cast<size_t>(config.value_heads),
+                                static_cast<size_t>(config.key_dim),
+                                static_cast<size_t>(config.value_dim)});
+    }
+  }
+}
+
+nb::object new_array(const std::vector<size_t>& shape, const char* dtype) {
+  nb::list dims;
+  for (const size_t dim : shape) dims.append(dim);
+  return nb::module_::import_("numpy").attr("empty")(nb::tuple(dims), dtype);
+}
+
+std::byte* data_of(const nb::object& array) {
+  return reinterpret_cast<std::byte*>(
+      nb::cast<nb::ndarray<nb::c_contig, nb::device::cpu>>(array).data());
+}
+
+nb::dict export_state(PyState& self) {
+  const Engine::Use use(self.engine);
+  const bool half = self.state.cache_dtype() == DType::BF16;
+  nb::dict result;
+  visit_tensors(self, [&](const std::string& name, int layer, std::byte* data, bool cache,
+                          const std::vector<size_t>& shape) {
+    nb::object array = new_array(shape, cache && half ? "uint16" : "float32");
+    if (cache) {
+      copy_rows(self.state, layer, static_cast<int>(shape[0]), data, data_of(array), true);
+    } else {
+      std::memcpy(data_of(array), data, nb::cast<size_t>(array.attr("nbytes")));
+    }
+    result[name.c_str()] = array;
+  });
+  return result;
+}
+
+// A state of `position` tokens with what export_state() gave, into a fresh state.
+void restore_state(PyState& self, int64_t position, const nb::dict& tensors) {
+  const Engine::Use use(self.engine);
+  require(self.state.position() == 0, "restore: the state is not a fresh one");
+  require(position >= 0, "restore: position is negative");
+  State filled = self.state.fork();
+  filled.reserve(position);
+  filled.advance(position);
+  PyState fresh{self.engine, std::move(filled)};
+  const bool half = fresh.state.cache_dtype() == DType::BF16;
+  visit_tensors(fresh, [&](const std::string& name, int layer, std::byte* data, bool cache,
+                           const std::vector<size_t>& shape) {
+    require(tensors.contains(name.c_str()), "restore: no tensor " + name);
+    const char* dtype = cache && half ? "uint16" : "float32";
+    const nb::object array = tensors[name.c_str()];
+    nb::list dims;
+    for (const size_t dim : shape) dims.append(dim);
+    require(nb::cast<bool>(array.attr("shape").equal(nb::tuple(dims))) &&
+                nb::cast<std::string>(array.attr("dtype").attr("name")) == dtype,
+            "restore: tensor " + name + " has another shape or dtype than this model's");
+    if (cache) {
+      copy_rows(fresh.state, layer, static_cast<int>(shape[0]), data, data_of(array), false);
+    } else {
+      std::memcpy(data, data_of(array), nb::cast<size_t>(array.attr("nbytes")));
+    }
+  });
+  self.state = std::move(fresh.state);
+}
+
+nb::object forward(Engine& engine, PyState& state, const Ids& ids, bool all_logits) {
+  const auto vocab = static_cast<size_t>(engine.config().vocab);
+  require(ids.shape(0) > 0, "forward: ids is empty");
+  require(&state.engine == &engine, "forward: the state belongs to another model");
+  for (size_t i = 0; i < ids.shape(0); ++i) {
+    require(ids.data()[i] >= 0 && static_cast<size_t>(ids.data()[i]) < vocab,
+            "forward: token id " + std::to_string(ids.data()[i]) + " is not in 0 .. " +
+                std::to_string(vocab - 1));
+  }
+  const std::vector<size_t> shape =
+      all_logits ? std::vector<size_t>{ids.shape(0), vocab} : std::vector<size_t>{vocab};
+  nb::object logits = new_array(shape, "float32");
+  auto* to = reinterpret_cast<float*>(data_of(logits));
+  const std::span<const int32_t> tokens(ids.data(), ids.shape(0));
+  nb::gil_scoped_release release;
+  const Engine::Use use(engine);
+  engine.forward(state.state, tokens, all_logits, to, SignalCheck());
+  return logits;
+}
+
+nb::dict statistics(const Engine& engine) {
+  const Engine::Statistics now = engine.statistics();
+  nb::dict result;
+  result["reads"] = now.experts.reads;
+  result["bytes_read"] = now.experts.bytes_read;
+  result["bytes_cached"] = now.experts.bytes_cached;
+  result["read_seconds"] = now.experts.read_seconds;
+  result["wait_seconds"] = now.experts.wait_seconds;
+  result["expert_hits"] = now.experts.hits;
+  result["expert_misses"] = now.experts.misses;
+  result["tokens"] = now.tokens;
+  result["forward_seconds"] = now.forward_seconds;
+  result["resident_bytes"] = now.resident_bytes;
+  result["slot_bytes"] = now.slot_bytes;
+  result["activation_bytes"] = now.activation_bytes;
+  return result;
+}
+
+// The class of flashmoe.errors that an exception becomes.
+template <typename Exception>
+void translate(const char* name) {
+  nb::register_exception_translator(
+      [](const std::exception_ptr& pointer, void* payload) {
+        try {
+          std::rethrow_exception(pointer);
+        } catch (const Exception& caught) {
+          const nb::object type =
+              nb::module_::import_("flashmoe.errors").attr(static_cast<const char*>(payload));
+          PyErr_SetString(type.ptr(), caught.what());
+        }
+      },
+      const_cast<char*>(name));
+}
+
+}  // namespace
+
+void bind_engine(nb::module_& m) {
+  translate<CheckpointError>("CheckpointError");
+  translate<ReadError>("ReadError");
+  translate<StateError>("StateError");
+
+  nb::class_<Format>(m, "Format")
+      .def(
+          "__init__",
+          [](Format* self, int rows, int cols, const std::string& dtype, int bits, int group) {
+            new (self) Format{rows, cols, parse_dtype(dtype), bits, group};
+          },
+          "rows"_a, "cols"_a, "dtype"_a, "bits"_a = 0, "group"_a = 0);
+
+  nb::class_<CheckpointSpec>(m, "Checkpoint")
+      .def(
+          "__init__",
+          [](CheckpointSpec* self, std::vector<std::string> files) {
+            new (self) CheckpointSpec{std::move(files), {}, {}, {}};
+          },
+          "files"_a)
+      .def("add_matrix", add_matrix, "name"_a, "format"_a, "parts"_a)
+      .def("add_vector", add_vector, "name"_a, "length"_a, "dtype"_a, "extents"_a,
+           "plus_one"_a = false)
+      .def("add_experts", add_experts, "gate"_a, "up"_a, "down"_a, "extents"_a);
+
+  nb::class_<PyState>(m, "State")
+      .def_prop_ro("position", [](const PyState& self) { return self.state.position(); })
+      .def_prop_ro("nbytes", [](const PyState& self) { return self.state.bytes(); })
+      .def(
+          "fork",
+          [](PyState& self) {
+            const Engine::Use use(self.engine);
+            return new PyState{self.engine, self.state.fork()};
+          },
+          nb::rv_policy::take_ownership, nb::keep_alive<0, 1>())
+      .def("export", export_state)
+      .def("restore", restore_state, "position"_a, "tensors"_a);
+
+  nb::class_<Engine>(m, "Engine")
+      .def(
+          "__init__",
+          [](Engine* self, const nb::dict& config, const CheckpointSpec& checkpoint,
+             const std::string& backend, const std::string& precision, int threads,
+             int64_t cache_bytes, int chunk, const std::optional<nb::callable>& progress) {
+            const Engine::Options options{backend, precision, threads, cache_bytes, chunk};
+            const ModelConfig parsed = to_config(config);
+            require(static_cast<size_t>(parsed.layers()) == checkpoint.experts.size(),
+                    "Engine: experts of every layer are needed");
+            for (const ExpertsSpec& experts : checkpoint.experts) {
+              require(static_cast<int>(experts.extents.size()) == parsed.experts * experts.parts(),
+                      "Engine: a layer has another number of experts than the config");
+            }
+            nb::gil_scoped_release release;
+            new (self) Engine(parsed, checkpoint, options, [&](int64_t done, int64_t total) {
+              nb::gil_scoped_acquire gil;
+              if (PyErr_CheckSignals() != 0) throw nb::python_error();
+              if (progress) (*progress)(done, total);
+            });
+          },
+          "config"_a, "checkpoint"_a, nb::kw_only(), "backend"_a = "cpu", "precision"_a = "int8",
+          "threads"_a = 1, "cache_bytes"_a = 0, "chunk"_a = 256, "progress"_a = nb::none())
+      .def(
+          "new_state",
+          [](Engine& self) {
+            const Engine::Use use(self);
+            return new PyState{self, self.new_state()};
+          },
+          nb::rv_policy::take_ownership, nb::keep_alive<0, 1>())
+      .def("forward", forward, "state"_a, "ids"_a, "all_logits"_a = false)
+      .def("stats", statistics)
+      .def("close", [](Engine& self) {
+        const Engine::Use use(self);
+        self.close();
+      });
+
+  m.def("cpu_kernels", cpu_kernels);
+}
+
+}  // namespace flashmoe

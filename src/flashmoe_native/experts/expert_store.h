@@ -1,0 +1,125 @@
+// Where each expert lies, the reads that bring it, and the slots they land in.
+//
+// A layer's experts are asked for together (start) and handed out as they land (next), so that the
+// first is computed while the others are still being read. Slots keep what they hold until they are
+// needed for another expert: with more slots than a layer needs, they are a cache, least recently
+// used out first. One thread uses a store.
+#pragma once
+
+#include <condition_variable>
+#include <cstdint>
+#include <functional>
+#include <list>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "backend/backend.h"
+#include "core/file.h"
+#include "core/io_queue.h"
+#include "model/spec.h"
+
+namespace flashmoe {
+
+// Slots for one expert of a layer are laid out part after part, each at a multiple of this.
+constexpr int64_t kPartAlignment = 16;
+
+class ExpertStore {
+ public:
+  struct Arrived {
+    int expert;
+    Matrix gate, up, down;
+  };
+
+  struct Statistics {
+    int64_t reads = 0;
+    int64_t bytes_read = 0;
+    int64_t bytes_cached = 0;  // of them in the page cache; -1 where the system cannot tell
+    int64_t hits = 0;          // experts asked for that were in a slot
+    int64_t misses = 0;
+    double read_seconds = 0;  // summed over reads, which overlap
+    double wait_seconds = 0;  // that next() waited
+  };
+
+  // At least `min_slots` slots, and as many as fit into `cache_bytes`, but no more than there are
+  // experts. Files and specs must outlive the store.
+  ExpertStore(Backend& backend, IoQueue& io, const std::vector<std::unique_ptr<File>>& files,
+              const std::vector<ExpertsSpec>& layers, int min_slots, int64_t cache_bytes);
+  ~ExpertStore();
+  ExpertStore(const ExpertStore&) = delete;
+  ExpertStore& operator=(const ExpertStore&) = delete;
+
+  // Starts reading what is not in a slot. `experts` are distinct. Only after all of the last
+  // start() was given and released, or cancelled.
+  void start(int layer, std::span<const int32_t> experts);
+  // The experts that have landed since the last call: at least one, or none when all were given.
+  // `check` is called now and then while waiting and may throw. Throws ReadError.
+  std::span<const Arrived> next(const std::function<void()>& check);
+  // Likewise but without waiting: perhaps none.
+  std::span<const Arrived> ready();
+  // True where reads wait for a slot: release() what has been computed.
+  bool starved() const { return backlog_at_ < backlog_.size(); }
+  // What next() has given is no longer needed.
+  void release();
+  // Forgets the rest of start(), once reads under way have landed; releases everything.
+  void cancel();
+
+  // Searches stored experts for an element, scale or bias that is infinite or NaN; says which file
+  // and expert has one, or nothing. Throws ReadError.
+  std::string find_not_finite(int layer, std::span<const int32_t> experts) const;
+
+  Statistics statistics() const;
+  int64_t slot_bytes() const { return stride_ * static_cast<int64_t>(slots_.size()); }
+
+ private:
+  struct Slot {
+    int layer = -1, expert = -1;   // -1: empty
+    int reads_left = 0;            // under mutex_
+    std::string error;             // under mutex_
+    std::list<int>::iterator lru;  // valid while unpinned
+  };
+
+  struct Piece {  // one read
+    int file;
+    int64_t offset, length, slot_offset;
+  };
+
+  std::byte* memory(int slot) const { return slab_.get() + stride_ * slot; }
+  int& slot_of(int layer, int expert) { return slot_of_[layer_base_[layer] + expert]; }
+  bool try_read(int expert);
+  void read_backlog();
+  void read(int slot, const Piece& piece);
+  void pin(int slot);
+  void unpin(int slot);
+  std::span<const Arrived> take_landed();
+  void forget(int slot);
+  std::vector<Piece> pieces(const ExpertsSpec& spec, int expert) const;
+  Arrived arrived(int slot) const;
+
+  IoQueue& io_;
+  const std::vector<std::unique_ptr<File>>& files_;
+  const std::vector<ExpertsSpec>& layers_;
+  std::vector<int64_t> layer_base_;
+  std::vector<int> slot_of_;  // by layer_base_ + expert; -1: in no slot
+  int64_t stride_ = 0;
+  std::vector<Slot> slots_;
+  Backend::Buffer slab_;
+  std::list<int> lru_;  // unpinned slots, the first to be reused in front
+
+  int layer_ = 0;
+  std::vector<int32_t> backlog_;  // experts that wait for a slot, from backlog_at_ on
+  size_t backlog_at_ = 0;
+  int in_flight_ = 0;  // slots being read
+  std::vector<int> ready_;
+  std::vector<int> given_;
+  std::vector<Arrived> arrived_;
+
+  mutable std::mutex mutex_;
+  std::condition_variable landed_wake_;
+  std::vector<int> landed_;  // slots whose last read is done; under mutex_
+  Statistics statistics_;    // under mutex_
+};
+
+}  // namespace flashmoe

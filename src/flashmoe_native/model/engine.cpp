@@ -1,0 +1,104 @@
+#include "model/engine.h"
+
+#include <algorithm>
+#include <chrono>
+
+#include "backend/cpu/cpu_backend.h"
+#include "core/error.h"
+
+namespace flashmoe {
+namespace {
+
+constexpr int kReadsAtOnce = 8;
+
+Precision parse_precision(const std::string& name) {
+  if (name == "float32") return Precision::kFloat32;
+  if (name == "int8") return Precision::kInt8;
+  throw std::invalid_argument("precision is not \"float32\" or \"int8\": " + name);
+}
+
+std::unique_ptr<Backend> make_backend(const Engine::Options& options) {
+  if (options.backend == "cpu") {
+    return make_cpu_backend(parse_precision(options.precision), options.threads);
+  }
+  throw std::invalid_argument("no such backend here: " + options.backend);
+}
+
+std::vector<std::unique_ptr<File>> open_all(const std::vector<std::string>& paths) {
+  std::vector<std::unique_ptr<File>> files;
+  for (const std::string& path : paths) files.push_back(std::make_unique<File>(path));
+  return files;
+}
+
+}  // namespace
+
+Engine::Use::Use(Engine& engine) : engine_(engine) {
+  if (engine_.in_use_.exchange(true, std::memory_order_acquire)) {
+    throw StateError(
+        "this model is in use by another thread; let it finish, or open a second Model");
+  }
+}
+
+Engine::Engine(ModelConfig config, CheckpointSpec spec, const Options& options,
+               const Progress& progress)
+    : config_(std::move(config)),
+      spec_(std::move(spec)),
+      options_(options),
+      backend_(make_backend(options)),
+      files_(open_all(spec_.files)),
+      io_(std::make_unique<IoQueue>(kReadsAtOnce)),
+      weights_(std::make_unique<Weights>(*backend_, *io_, files_, spec_, config_, progress)) {
+  // A token's experts being computed, and as many being read.
+  const int min_slots = std::max(2 * config_.top_k, kReadsAtOnce);
+  store_ = std::make_unique<ExpertStore>(*backend_, *io_, files_, spec_.experts, min_slots,
+                                         options_.cache_bytes);
+  forward_ = std::make_unique<Forward>(*backend_, config_, *weights_, *store_, options_.chunk);
+}
+
+void Engine::require_open() const {
+  if (!forward_) throw StateError("this model is closed; open it again with flashmoe.Model(...)");
+}
+
+State Engine::new_state() {
+  require_open();
+  // Keys and values at half size cost less accuracy than 8-bit activations do; the reference keeps
+  // them whole.
+  const bool exact = parse_precision(options_.precision) == Precision::kFloat32;
+  return State(*backend_, config_, exact ? DType::F32 : DType::BF16);
+}
+
+void Engine::forward(State& state, std::span<const int32_t> ids, bool all_logits, float* logits,
+                     const std::function<void()>& check) {
+  require_open();
+  const auto start = std::chrono::steady_clock::now();
+  const auto chunk = static_cast<size_t>(forward_->chunk());
+  for (size_t begin = 0; begin < ids.size(); begin += chunk) {
+    const auto part = ids.subspan(begin, std::min(chunk, ids.size() - begin));
+    const bool last = begin + part.size() == ids.size();
+    float* to = all_logits ? logits + begin * static_cast<size_t>(config_.vocab)
+                           : (last ? logits : nullptr);
+    forward_->run(state, part, all_logits, to, check);
+    tokens_ += static_cast<int64_t>(part.size());
+  }
+  forward_seconds_ +=
+      std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+Engine::Statistics Engine::statistics() const {
+  require_open();
+  return {.experts = store_->statistics(),
+          .tokens = tokens_,
+          .forward_seconds = forward_seconds_,
+          .resident_bytes = weights_->bytes,
+          .slot_bytes = store_->slot_bytes(),
+          .activation_bytes = forward_->bytes()};
+}
+
+void Engine::close() {
+  forward_.reset();
+  store_.reset();
+  weights_.reset();
+  files_.clear();
+}
+
+}  // namespace flashmoe

@@ -1,0 +1,86 @@
+// A loaded model: its files, its backend and what runs on it.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "backend/backend.h"
+#include "core/file.h"
+#include "core/io_queue.h"
+#include "experts/expert_store.h"
+#include "model/config.h"
+#include "model/forward.h"
+#include "model/spec.h"
+#include "model/state.h"
+#include "model/weights.h"
+
+namespace flashmoe {
+
+class Engine {
+ public:
+  struct Options {
+    std::string backend = "cpu";
+    std::string precision = "int8";  // or "float32"
+    int threads = 1;
+    int64_t cache_bytes = 0;  // for experts, in slots; 0 leaves caching to the page cache
+    int chunk = 256;
+  };
+
+  struct Statistics {
+    ExpertStore::Statistics experts;
+    int64_t tokens = 0;
+    double forward_seconds = 0;
+    int64_t resident_bytes = 0, slot_bytes = 0, activation_bytes = 0;
+  };
+
+  Engine(ModelConfig config, CheckpointSpec spec, const Options& options, const Progress& progress);
+
+  // One thread at a time uses an engine and its states: holds it, or throws StateError.
+  class Use {
+   public:
+    explicit Use(Engine& engine);
+    ~Use() { engine_.in_use_.store(false, std::memory_order_release); }
+    Use(const Use&) = delete;
+    Use& operator=(const Use&) = delete;
+
+   private:
+    Engine& engine_;
+  };
+
+  State new_state();
+  // Appends ids to state, a chunk at a time. `logits` receives [vocab] of the last id, or
+  // [ids.size(), vocab] if `all_logits`. After an exception state is as it was before the chunk
+  // that failed. Throws ReadError, CheckpointError, StateError and what `check` throws.
+  void forward(State& state, std::span<const int32_t> ids, bool all_logits, float* logits,
+               const std::function<void()>& check);
+  Statistics statistics() const;
+  // Frees weights and slots; forward() and new_state() then throw StateError.
+  void close();
+
+  const ModelConfig& config() const { return config_; }
+
+ private:
+  void require_open() const;
+
+  const ModelConfig config_;
+  const CheckpointSpec spec_;
+  const Options options_;
+  std::atomic<bool> in_use_ = false;
+  int64_t tokens_ = 0;
+  double forward_seconds_ = 0;
+
+  // In the order in which they need one another.
+  std::unique_ptr<Backend> backend_;
+  std::vector<std::unique_ptr<File>> files_;
+  std::unique_ptr<IoQueue> io_;
+  std::unique_ptr<Weights> weights_;
+  std::unique_ptr<ExpertStore> store_;
+  std::unique_ptr<Forward> forward_;
+};
+
+}  // namespace flashmoe

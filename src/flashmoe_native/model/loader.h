@@ -1,0 +1,72 @@
+// Reads resident tensors into the backend's memory, many at a time.
+#pragma once
+
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "backend/backend.h"
+#include "core/file.h"
+#include "core/io_queue.h"
+#include "model/spec.h"
+#include "model/weights.h"
+
+namespace flashmoe {
+
+class Loader {
+ public:
+  Loader(Backend& backend, IoQueue& io, const std::vector<std::unique_ptr<File>>& files,
+         const CheckpointSpec& spec);
+  // Waits for reads under way.
+  ~Loader();
+
+  // Room for a tensor, whose bytes are there after finish().
+  Matrix matrix(const std::string& name);
+  // A tensor as float32, there at once. Throws CheckpointError where a value is not finite.
+  const float* vector(const std::string& name);
+  // A depthwise convolution [channels, kernel] as [kernel, channels].
+  const float* taps(const std::string& name, int channels, int kernel);
+  bool has_matrix(const std::string& name) const { return spec_.matrices.contains(name); }
+
+  // Waits until every matrix is there; throws ReadError, or CheckpointError where an element, scale
+  // or bias is not finite.
+  void finish(const Progress& progress);
+
+  int64_t bytes() const { return bytes_; }
+  std::vector<Backend::Buffer> take_buffers() { return std::move(buffers_); }
+
+ private:
+  struct Part {
+    const std::string* name;
+    std::string file;
+    const std::byte* data;
+    int64_t length;
+    DType dtype;
+  };
+
+  std::byte* allocate(int64_t length);
+  std::vector<float> floats(const std::string& name);
+  const float* keep(const std::vector<float>& values);
+  void read(const std::vector<Extent>& extents, std::byte* to);
+  void submit(const File& file, int64_t offset, int64_t length, std::byte* to);
+
+  Backend& backend_;
+  IoQueue& io_;
+  const std::vector<std::unique_ptr<File>>& files_;
+  const CheckpointSpec& spec_;
+  std::vector<Backend::Buffer> buffers_;
+  std::byte* block_ = nullptr;  // what is left of a block that small tensors share
+  int64_t block_left_ = 0;
+  int64_t bytes_ = 0;
+  std::vector<Part> to_check_;
+
+  std::mutex mutex_;
+  std::condition_variable done_wake_;
+  int64_t submitted_ = 0, done_ = 0;  // bytes; under mutex_
+  std::string error_;                 // under mutex_
+};
+
+}  // namespace flashmoe

@@ -1,0 +1,106 @@
+#include "model/state.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace flashmoe {
+namespace {
+
+constexpr int64_t kCacheStep = 256;  // caches grow by half, in multiples of so many tokens
+
+Backend::Buffer none() {
+  return {nullptr, [](std::byte*) {}};
+}
+
+size_t conv_bytes_of(const ModelConfig& config) {
+  return sizeof(float) * static_cast<size_t>(config.conv_kernel - 1) * config.conv_channels();
+}
+
+size_t recurrent_bytes_of(const ModelConfig& config) {
+  return sizeof(float) * static_cast<size_t>(config.value_heads) * config.key_dim *
+         config.value_dim;
+}
+
+}  // namespace
+
+std::vector<DeltaState> allocate_deltas(Backend& backend, const ModelConfig& config) {
+  std::vector<DeltaState> result;
+  for (const bool attention : config.attention_layers) {
+    if (attention) {
+      result.push_back({none(), none()});
+    } else {
+      result.push_back(
+          {backend.allocate(conv_bytes_of(config)), backend.allocate(recurrent_bytes_of(config))});
+    }
+  }
+  return result;
+}
+
+State::State(Backend& backend, const ModelConfig& config, DType cache_dtype)
+    : deltas(allocate_deltas(backend, config)),
+      backend_(&backend),
+      config_(&config),
+      cache_dtype_(cache_dtype) {
+  for (int layer = 0; layer < config.layers(); ++layer) caches.push_back({none(), none()});
+}
+
+size_t State::conv_bytes() const {
+  return conv_bytes_of(*config_);
+}
+
+size_t State::recurrent_bytes() const {
+  return recurrent_bytes_of(*config_);
+}
+
+size_t State::row_bytes() const {
+  return size_of(cache_dtype_) * static_cast<size_t>(config_->head_dim);
+}
+
+int64_t State::bytes() const {
+  int64_t total = 0;
+  for (int layer = 0; layer < config_->layers(); ++layer) {
+    total += config_->attention_layers[layer]
+                 ? static_cast<int64_t>(2 * row_bytes()) * config_->kv_heads * caches[layer].capacity
+                 : static_cast<int64_t>(conv_bytes() + recurrent_bytes());
+  }
+  return total;
+}
+
+KeyValueCache State::grown(const KeyValueCache& old, int64_t capacity) const {
+  const size_t row = row_bytes(), held = row * position_;
+  const size_t bytes = row * config_->kv_heads * capacity;
+  KeyValueCache fresh{backend_->allocate(bytes), backend_->allocate(bytes), capacity};
+  for (int head = 0; held > 0 && head < config_->kv_heads; ++head) {
+    const size_t to = row * head * capacity, from = row * head * old.capacity;
+    std::memcpy(fresh.keys.get() + to, old.keys.get() + from, held);
+    std::memcpy(fresh.values.get() + to, old.values.get() + from, held);
+  }
+  return fresh;
+}
+
+void State::reserve(int64_t tokens) {
+  for (int layer = 0; layer < config_->layers(); ++layer) {
+    if (!config_->attention_layers[layer] || tokens <= caches[layer].capacity) continue;
+    const int64_t wanted = std::max(tokens, caches[layer].capacity + caches[layer].capacity / 2);
+    caches[layer] = grown(caches[layer], (wanted + kCacheStep - 1) / kCacheStep * kCacheStep);
+  }
+}
+
+State State::fork() const {
+  State copy(*backend_, *config_, cache_dtype_);
+  copy.position_ = position_;
+  for (int layer = 0; layer < config_->layers(); ++layer) {
+    if (config_->attention_layers[layer]) {
+      if (caches[layer].capacity > 0) {
+        copy.caches[layer] = grown(caches[layer], caches[layer].capacity);
+      }
+    } else {
+      std::memcpy(copy.deltas[layer].conv.get(), deltas[layer].conv.get(), conv_bytes());
+      std::memcpy(copy.deltas[layer].recurrent.get(), deltas[layer].recurrent.get(),
+                  recurrent_bytes());
+    }
+  }
+  return copy;
+}
+
+}  // namespace flashmoe

@@ -1,0 +1,59 @@
+// Everything a sequence carries from token to token, as one value.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "backend/backend.h"
+#include "model/config.h"
+
+namespace flashmoe {
+
+struct KeyValueCache {           // of an attention layer
+  Backend::Buffer keys, values;  // [kv_heads, capacity, head_dim]
+  int64_t capacity = 0;
+};
+
+struct DeltaState {           // of a GatedDeltaNet layer
+  Backend::Buffer conv;       // float [kernel - 1, channels]
+  Backend::Buffer recurrent;  // float [value_heads, key_dim, value_dim]
+};
+
+class State {
+ public:
+  State(Backend& backend, const ModelConfig& config, DType cache_dtype);
+  State(State&&) = default;
+  State& operator=(State&&) = default;
+
+  State fork() const;
+  // Makes room for `tokens` in every cache; what they hold stays. A cache at a time is copied.
+  void reserve(int64_t tokens);
+
+  int64_t position() const { return position_; }
+  DType cache_dtype() const { return cache_dtype_; }
+  int64_t bytes() const;
+  // Bytes of one layer's buffers.
+  size_t conv_bytes() const;
+  size_t recurrent_bytes() const;
+  size_t row_bytes() const;  // of one head's key at one position
+
+  // By layer; only the one of the layer's kind is there.
+  std::vector<KeyValueCache> caches;
+  std::vector<DeltaState> deltas;
+
+  // `tokens` more have been taken in.
+  void advance(int64_t tokens) { position_ += tokens; }
+
+ private:
+  KeyValueCache grown(const KeyValueCache& old, int64_t capacity) const;
+
+  Backend* backend_;
+  const ModelConfig* config_;
+  DType cache_dtype_;
+  int64_t position_ = 0;
+};
+
+// The DeltaStates of all layers, none for attention layers.
+std::vector<DeltaState> allocate_deltas(Backend& backend, const ModelConfig& config);
+
+}  // namespace flashmoe
