@@ -1,0 +1,71 @@
+"""A checkpoint: its configuration and where every weight lies, found without reading a weight."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flashmoe.config import ModelConfig
+from flashmoe.errors import CheckpointError
+from flashmoe.layouts import WeightFinder
+from flashmoe.shards import read_tensors
+from flashmoe.stored import Format, StoredExperts, StoredMatrix, StoredVector
+
+if TYPE_CHECKING:
+    from flashmoe import _native
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """What a directory holds, by the canonical names of docs/checkpoints.md."""
+
+    directory: Path
+    config: ModelConfig
+    files: Sequence[Path]
+    matrices: Mapping[str, StoredMatrix]
+    vectors: Mapping[str, StoredVector]
+    experts: Sequence[StoredExperts]
+
+    @staticmethod
+    def open(directory: str | Path) -> "Checkpoint":
+        """Finds and checks every weight; only metadata and headers are read.
+
+        Raises:
+            CheckpointError: the directory holds no checkpoint, a damaged one, or one of a kind that
+                flashmoe does not run; the message names the file and the tensor.
+        """
+        directory = Path(directory)
+        if not directory.is_dir():
+            raise CheckpointError(f"{directory}: no such directory")
+        config = ModelConfig.load(directory)
+        weights = WeightFinder(directory, config, read_tensors(directory))
+        weights.find()
+        return Checkpoint(
+            directory,
+            config,
+            list(weights.files),
+            weights.matrices,
+            weights.vectors,
+            weights.experts,
+        )
+
+    def native(self) -> "_native.Checkpoint":
+        """The same for the native core."""
+        # Metadata can be read where the core is not built.
+        from flashmoe import _native  # noqa: PLC0415
+
+        def convert(format: Format) -> _native.Format:
+            return _native.Format(format.rows, format.cols, format.dtype, format.bits, format.group)
+
+        checkpoint = _native.Checkpoint([str(path) for path in self.files])
+        for name, matrix in self.matrices.items():
+            checkpoint.add_matrix(name, convert(matrix.format), matrix.parts)
+        for name, vector in self.vectors.items():
+            checkpoint.add_vector(
+                name, vector.length, vector.dtype, vector.extents, vector.plus_one
+            )
+        for layer in self.experts:
+            checkpoint.add_experts(
+                convert(layer.gate), convert(layer.up), convert(layer.down), layer.extents
+            )
+        return checkpoint

@@ -1,0 +1,341 @@
+"""From the tensors of a checkpoint, as Hugging Face, MLX or `flashmoe pack` lay them out, to the
+weights of the model under their canonical names."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from flashmoe.config import ModelConfig
+from flashmoe.errors import CheckpointError
+from flashmoe.safetensors import Tensor
+from flashmoe.shards import listed, weights_file
+from flashmoe.stored import (
+    FLOAT_BYTES,
+    Extents,
+    Format,
+    StoredExperts,
+    StoredMatrix,
+    StoredVector,
+)
+
+# Hugging Face with vision, MLX and pack, Hugging Face text only (and MLX's Qwen3-Next).
+_PREFIXES = ("model.language_model.", "language_model.model.", "model.")
+_HEADS = ("lm_head.", "language_model.lm_head.")
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+class WeightFinder:
+    """Takes a checkpoint's tensors one weight at a time, each checked against the config."""
+
+    def __init__(self, directory: Path, config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
+        self.config = config
+        self.source = weights_file(directory)
+        self.files: dict[Path, int] = {}
+        for tensor in tensors.values():
+            self.files.setdefault(tensor.file, len(self.files))
+        self.matrices: dict[str, StoredMatrix] = {}
+        self.vectors: dict[str, StoredVector] = {}
+        self.experts: list[StoredExperts] = []
+        self._prefix = self._find_prefix(tensors)
+        self._tensors = self._canonical(tensors)
+        self._mlx_convention = self._find_convention()
+
+    def find(self) -> None:
+        """Fills files, matrices, vectors and experts.
+
+        Raises:
+            CheckpointError: a tensor is missing, unknown, or of another shape or dtype than the
+                config says.
+        """
+        c = self.config
+        self._matrix("embed_tokens", c.vocab_size, c.hidden_size)
+        if c.tie_word_embeddings:
+            # A copy of the embedding may be stored as well; transformers ignores it too.
+            for part in ("weight", "scales", "biases"):
+                self._tensors.pop(f"lm_head.{part}", None)
+        else:
+            self._matrix("lm_head", c.vocab_size, c.hidden_size)
+        self._norm("norm", c.hidden_size)
+        for layer, kind in enumerate(c.layer_types):
+            name = f"layers.{layer}."
+            self._norm(name + "input_layernorm", c.hidden_size)
+            if kind == "full_attention":
+                self._attention(name + "self_attn.")
+            else:
+                self._gated_delta_net(name + "linear_attn.")
+            self._norm(name + "post_attention_layernorm", c.hidden_size)
+            self._moe(name + "mlp.")
+        if self._tensors:
+            raise self._unknown(self._tensors.values())
+
+    def _attention(self, name: str) -> None:
+        c = self.config
+        width = c.num_attention_heads * c.head_dim
+        # Per head the query, then the output's gate.
+        self._matrix(name + "q_proj", 2 * width, c.hidden_size)
+        self._matrix(name + "k_proj", c.num_key_value_heads * c.head_dim, c.hidden_size)
+        self._matrix(name + "v_proj", c.num_key_value_heads * c.head_dim, c.hidden_size)
+        self._matrix(name + "o_proj", c.hidden_size, width)
+        self._norm(name + "q_norm", c.head_dim)
+        self._norm(name + "k_norm", c.head_dim)
+
+    def _gated_delta_net(self, name: str) -> None:
+        c = self.config
+        heads = c.linear_num_value_heads
+        if f"{name}in_proj_qkvz.weight" in self._tensors:
+            self._interleaved_projections(name)
+        else:
+            self._matrix(name + "in_proj_qkv", c.conv_channels, c.hidden_size)
+            self._matrix(name + "in_proj_z", c.value_width, c.hidden_size)
+            self._matrix(name + "in_proj_b", heads, c.hidden_size)
+            self._matrix(name + "in_proj_a", heads, c.hidden_size)
+        self._matrix(name + "out_proj", c.hidden_size, c.value_width)
+        taps = c.linear_conv_kernel_dim
+        shape = (c.conv_channels, taps, 1) if self._mlx_convention else (c.conv_channels, 1, taps)
+        self._vector(name + "conv1d", name + "conv1d.weight", shape)
+        self._vector(name + "A_log", name + "A_log", (heads,))
+        self._vector(name + "dt_bias", name + "dt_bias", (heads,))
+        self._vector(name + "norm", name + "norm.weight", (c.linear_value_head_dim,))
+
+    def _interleaved_projections(self, name: str) -> None:
+        """Qwen3-Next's: per key head its q, k, and its value heads' v and z; likewise b and a."""
+        c = self.config
+        heads = c.linear_num_key_heads
+        ratio = c.linear_num_value_heads // heads
+        k, v = c.linear_key_head_dim, ratio * c.linear_value_head_dim
+        fields = _interleaved_rows(heads, (k, k, v, v))
+        stored = self._take_parts(name + "in_proj_qkvz", (), heads * 2 * (k + v), c.hidden_size)
+        self._gather(name + "in_proj_qkv", *stored, fields[0] + fields[1] + fields[2])
+        self._gather(name + "in_proj_z", *stored, fields[3])
+        fields = _interleaved_rows(heads, (ratio, ratio))
+        stored = self._take_parts(name + "in_proj_ba", (), heads * 2 * ratio, c.hidden_size)
+        self._gather(name + "in_proj_b", *stored, fields[0])
+        self._gather(name + "in_proj_a", *stored, fields[1])
+
+    def _gather(
+        self, name: str, format: Format, tensors: list[Tensor], runs: list[tuple[int, int]]
+    ) -> None:
+        """A matrix of some of the rows of a stored one, given as runs of (first row, rows)."""
+        parts = []
+        for tensor in tensors:
+            row = tensor.nbytes // format.rows
+            file = self.files[tensor.file]
+            parts.append(_extents((file, tensor.offset + a * row, n * row) for a, n in runs))
+        rows = sum(n for _, n in runs)
+        gathered = Format(rows, format.cols, format.dtype, format.bits, format.group)
+        self.matrices[name] = StoredMatrix(gathered, tuple(parts))
+
+    def _moe(self, name: str) -> None:
+        c = self.config
+        self._matrix(name + "gate", c.num_experts, c.hidden_size)
+        shared = c.shared_expert_intermediate_size
+        self._matrix(name + "shared_expert.gate_proj", shared, c.hidden_size)
+        self._matrix(name + "shared_expert.up_proj", shared, c.hidden_size)
+        self._matrix(name + "shared_expert.down_proj", c.hidden_size, shared)
+        self._matrix(name + "shared_expert_gate", 1, c.hidden_size)
+        if f"{name}experts.gate_up_proj" in self._tensors:
+            self.experts.append(self._fused_experts(name + "experts."))
+        elif f"{name}switch_mlp.gate_proj.weight" in self._tensors:
+            self.experts.append(self._stacked_experts(name + "switch_mlp."))
+        else:
+            self.experts.append(self._separate_experts(name))
+
+    def _fused_experts(self, name: str) -> StoredExperts:
+        """Hugging Face: gate_up_proj [E, 2I, H], gate first, and down_proj [E, H, I]."""
+        c = self.config
+        inner, hidden = c.moe_intermediate_size, c.hidden_size
+        gate_up = self._take(name + "gate_up_proj")
+        down = self._take(name + "down_proj")
+        _check(gate_up, FLOAT_BYTES, (c.num_experts, 2 * inner, hidden))
+        _check(down, FLOAT_BYTES, (c.num_experts, hidden, inner))
+        extents = np.empty((c.num_experts, 3, 3), np.int64)
+        extents[:, :2] = self._split(gate_up, 2 * c.num_experts).reshape(c.num_experts, 2, 3)
+        extents[:, 2] = self._split(down, c.num_experts)
+        gate = Format(inner, hidden, gate_up.dtype)
+        return StoredExperts(gate, gate, Format(hidden, inner, down.dtype), extents.reshape(-1, 3))
+
+    def _stacked_experts(self, name: str) -> StoredExperts:
+        """MLX: each part of each projection has a leading [E]."""
+        formats, columns = [], []
+        for projection in _PROJECTIONS:
+            format, tensors = self._take_parts(
+                name + projection, (self.config.num_experts,), *self._expert_shape(projection)
+            )
+            formats.append(format)
+            columns += [self._split(tensor, self.config.num_experts) for tensor in tensors]
+        gate, up, down = formats
+        return StoredExperts(gate, up, down, np.stack(columns, axis=1).reshape(-1, 3))
+
+    def _separate_experts(self, name: str) -> StoredExperts:
+        """Hugging Face before fusing, and pack: one tensor per expert, projection and part."""
+        formats: dict[str, Format] = {}
+        extents: list[tuple[int, int, int]] = []
+        for expert in range(self.config.num_experts):
+            for projection in _PROJECTIONS:
+                format, tensors = self._take_parts(
+                    f"{name}experts.{expert}.{projection}",
+                    (),
+                    *self._expert_shape(projection),
+                    alias=f"{self._prefix}{name}switch_mlp.{projection}",
+                )
+                first = formats.setdefault(projection, format)
+                if format != first:
+                    raise CheckpointError(
+                        f"{tensors[0].file}: tensor {tensors[0].name}: {_describe(format)}, but"
+                        f" the layer's first expert is {_describe(first)}; they must be alike"
+                    )
+                extents += [(self.files[t.file], t.offset, t.nbytes) for t in tensors]
+        gate, up, down = (formats[projection] for projection in _PROJECTIONS)
+        return StoredExperts(gate, up, down, _extents(extents))
+
+    def _expert_shape(self, projection: str) -> tuple[int, int]:
+        inner, hidden = self.config.moe_intermediate_size, self.config.hidden_size
+        return (hidden, inner) if projection == "down_proj" else (inner, hidden)
+
+    def _split(self, tensor: Tensor, count: int) -> Extents:
+        """`count` equal pieces of a tensor, in order."""
+        extents = np.empty((count, 3), np.int64)
+        length = tensor.nbytes // count
+        extents[:, 0] = self.files[tensor.file]
+        extents[:, 1] = tensor.offset + length * np.arange(count, dtype=np.int64)
+        extents[:, 2] = length
+        return extents
+
+    def _matrix(self, name: str, rows: int, cols: int) -> None:
+        format, tensors = self._take_parts(name, (), rows, cols)
+        parts = tuple(self._split(tensor, 1) for tensor in tensors)
+        self.matrices[name] = StoredMatrix(format, parts)
+
+    def _norm(self, name: str, length: int) -> None:
+        self._vector(name, name + ".weight", (length,), plus_one=not self._mlx_convention)
+
+    def _vector(
+        self, name: str, stored: str, shape: tuple[int, ...], plus_one: bool = False
+    ) -> None:
+        tensor = self._take(stored)
+        _check(tensor, FLOAT_BYTES, shape)
+        length = tensor.nbytes // FLOAT_BYTES[tensor.dtype]
+        self.vectors[name] = StoredVector(length, tensor.dtype, self._split(tensor, 1), plus_one)
+
+    def _take_parts(
+        self, name: str, lead: tuple[int, ...], rows: int, cols: int, alias: str | None = None
+    ) -> tuple[Format, list[Tensor]]:
+        """The weight of a matrix, and its scales and biases where it is quantised.
+
+        `lead` is what comes before [rows, cols] in the tensors' shapes; `alias` is another path
+        under which the config may list the module's quantisation.
+        """
+        weight = self._take(name + ".weight")
+        if weight.dtype != "U32" and f"{name}.scales" not in self._tensors:
+            _check(weight, FLOAT_BYTES, (*lead, rows, cols))
+            return Format(rows, cols, weight.dtype), [weight]
+        scales, biases = self._take(name + ".scales"), self._take(name + ".biases")
+        bits, group = self._quantization(weight, alias)
+        if cols % group:
+            raise CheckpointError(
+                f"{weight.file}: tensor {weight.name}: {cols} columns cannot be quantised in"
+                f" groups of {group}, as config.json says"
+            )
+        why = f" for {bits} bits and groups of {group}, as config.json says"
+        _check(weight, ("U32",), (*lead, rows, cols * bits // 32), why)
+        _check(scales, FLOAT_BYTES, (*lead, rows, cols // group), why)
+        _check(biases, (scales.dtype,), (*lead, rows, cols // group), why)
+        return Format(rows, cols, scales.dtype, bits, group), [weight, scales, biases]
+
+    def _quantization(self, weight: Tensor, alias: str | None) -> tuple[int, int]:
+        quantization = self.config.quantization
+        found = None
+        if quantization:
+            found = quantization.bits, quantization.group
+            for path in (weight.name.removesuffix(".weight"), alias):
+                if path and path in quantization.exceptions:
+                    found = quantization.exceptions[path]
+                    break
+        if not found:
+            raise CheckpointError(
+                f"{weight.file}: tensor {weight.name} is stored quantised, but config.json does not"
+                " say with how many bits"
+            )
+        return found
+
+    def _take(self, name: str) -> Tensor:
+        tensor = self._tensors.pop(name, None)
+        if tensor is None:
+            raise CheckpointError(
+                f"{self.source}: no tensor {self._prefix}{name}; is the download complete, and does"
+                " config.json belong to these weights?"
+            )
+        return tensor
+
+    def _find_prefix(self, tensors: Mapping[str, Tensor]) -> str:
+        for prefix in _PREFIXES:
+            if f"{prefix}embed_tokens.weight" in tensors:
+                return prefix
+        names = " or ".join(f"{prefix}embed_tokens.weight" for prefix in _PREFIXES)
+        raise CheckpointError(f"{self.source}: no tensor {names}")
+
+    def _canonical(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        result: dict[str, Tensor] = {}
+        unknown = []
+        start = len(self._prefix)
+        for name, tensor in tensors.items():
+            if name.startswith(self._prefix):
+                key = name[start:]
+            elif name.startswith(_HEADS):
+                key = name.removeprefix("language_model.")
+            else:
+                unknown.append(tensor)
+                continue
+            if result.setdefault(key, tensor) is not tensor:
+                unknown.append(tensor)
+        if unknown:
+            raise self._unknown(unknown)
+        return result
+
+    def _unknown(self, tensors: Iterable[Tensor]) -> CheckpointError:
+        return CheckpointError(
+            f"{self.source}: tensors that this model does not have:"
+            f" {listed({tensor.name for tensor in tensors})}"
+        )
+
+    def _find_convention(self) -> bool:
+        """Whether norms and convolutions are MLX's: conv1d is [C, kernel, 1] and the norms have
+        had 1 added (mlx-lm's `sanitize` does both or neither)."""
+        for name, tensor in self._tensors.items():
+            if name.endswith("linear_attn.conv1d.weight"):
+                return tensor.shape[-1:] == (1,)
+        return any(".switch_mlp." in name for name in self._tensors)
+
+
+def _interleaved_rows(heads: int, widths: tuple[int, ...]) -> list[list[tuple[int, int]]]:
+    """Per field, its runs of (first row, rows), where each head holds `widths` rows a field."""
+    stride = sum(widths)
+    starts = [sum(widths[:i]) for i in range(len(widths))]
+    return [
+        [(head * stride + start, width) for head in range(heads)]
+        for start, width in zip(starts, widths, strict=True)
+    ]
+
+
+def _extents(items: Iterable[tuple[int, int, int]]) -> Extents:
+    return np.array(list(items), dtype=np.int64)
+
+
+def _check(tensor: Tensor, dtypes: Iterable[str], shape: tuple[int, ...], why: str = "") -> None:
+    if tensor.shape != shape:
+        raise CheckpointError(
+            f"{tensor.file}: tensor {tensor.name}: shape {list(tensor.shape)},"
+            f" expected {list(shape)}{why or ' from config.json'}"
+        )
+    if tensor.dtype not in dtypes:
+        raise CheckpointError(
+            f"{tensor.file}: tensor {tensor.name}: dtype {tensor.dtype},"
+            f" expected {' or '.join(dtypes)}{why}"
+        )
+
+
+def _describe(format: Format) -> str:
+    if format.bits:
+        return f"{format.bits} bits in groups of {format.group} with {format.dtype} scales"
+    return format.dtype

@@ -1,0 +1,188 @@
+"""The safetensors format: https://github.com/huggingface/safetensors#format.
+
+A file is a little-endian u64 n, n bytes of JSON, then the tensors' bytes. The JSON maps each name
+to its dtype, shape and [begin, end) counted from the end of the JSON; the tensors fill the rest of
+the file exactly, without holes or overlaps.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flashmoe.errors import CheckpointError
+from flashmoe.strict_json import parse_object, regular_file_size
+
+MAX_HEADER_BYTES = 100_000_000
+"""The limit of the safetensors library, which refuses longer headers."""
+
+ITEM_BITS = {
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F8_E4M3": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2": 8,
+    "F8_E5M2FNUZ": 8,
+    "F8_E8M0": 8,
+    "U16": 16,
+    "I16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "U32": 32,
+    "I32": 32,
+    "F32": 32,
+    "U64": 64,
+    "I64": 64,
+    "F64": 64,
+    "C64": 64,
+}
+
+
+class Tensor(NamedTuple):
+    """One tensor, row-major; offset and nbytes are in bytes, offset from the start of the file."""
+
+    name: str
+    file: Path
+    offset: int
+    nbytes: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_header(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a file by name; each is known to lie inside the file, apart from the others.
+
+    Raises:
+        CheckpointError: the file is missing, truncated or breaks the format; the message names it,
+            and the tensor where there is one.
+    """
+    size = regular_file_size(path)
+    try:
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            if len(prefix) < 8:
+                raise CheckpointError(f"{path}: {size} bytes; a safetensors file has at least 8")
+            (length,) = struct.unpack("<Q", prefix)
+            if length > MAX_HEADER_BYTES:
+                raise CheckpointError(
+                    f"{path}: claims a header of {length} bytes; at most {MAX_HEADER_BYTES} are"
+                    " allowed: not a safetensors file, or damaged"
+                )
+            if 8 + length > size:
+                raise CheckpointError(
+                    f"{path}: claims a header of {length} bytes in a file of {size}:"
+                    " truncated or damaged; download it again"
+                )
+            text = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    if len(text) < length:
+        raise CheckpointError(f"{path}: the header ends after {len(text)} of {length} bytes")
+
+    entries = parse_object(text, f"{path}: header")
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CheckpointError(f"{path}: __metadata__ is not an object of strings")
+    tensors = [_parse_entry(path, name, entry, 8 + length) for name, entry in entries.items()]
+    _check_cover(path, tensors, 8 + length, size)
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def _parse_entry(path: Path, name: str, entry: Any, start: int) -> Tensor:
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(
+            f"{path}: tensor {name}: expected an object of dtype, shape and data_offsets,"
+            f" found {_short(entry)}"
+        )
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    bits = ITEM_BITS.get(dtype) if isinstance(dtype, str) else None
+    if bits is None:
+        raise CheckpointError(f"{path}: tensor {name}: unknown dtype {_short(dtype)}")
+    if not _are_counts(shape):
+        raise CheckpointError(
+            f"{path}: tensor {name}: shape is {_short(shape)}, expected a list of integers >= 0"
+        )
+    if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise CheckpointError(
+            f"{path}: tensor {name}: data_offsets is {_short(offsets)},"
+            " expected [begin, end] with 0 <= begin <= end"
+        )
+    begin, end = offsets
+    if math.prod(shape) * bits != (end - begin) * 8:
+        raise CheckpointError(
+            f"{path}: tensor {name}: {dtype} {shape} takes {math.prod(shape) * bits / 8:g} bytes,"
+            f" data_offsets {offsets} span {end - begin}"
+        )
+    return Tensor(name, path, start + begin, end - begin, dtype, tuple(shape))
+
+
+def _are_counts(value: Any) -> bool:
+    # bool is an int to Python, but true is not a count.
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def _check_cover(path: Path, tensors: list[Tensor], start: int, size: int) -> None:
+    end, before = start, "the header"
+    for tensor in sorted(tensors, key=lambda t: (t.offset, t.nbytes)):
+        if tensor.offset < end:
+            raise CheckpointError(
+                f"{path}: tensor {tensor.name} begins at byte {tensor.offset}, inside {before},"
+                f" which ends at {end}"
+            )
+        if tensor.offset > end:
+            raise CheckpointError(
+                f"{path}: tensor {tensor.name} begins at byte {tensor.offset}, but {before} ends"
+                f" at {end}; safetensors allows no holes"
+            )
+        end, before = tensor.offset + tensor.nbytes, f"tensor {tensor.name}"
+    if end > size:
+        raise CheckpointError(
+            f"{path}: {before} ends at byte {end}, but the file ends at {size}: truncated;"
+            " download it again"
+        )
+    if end < size:
+        raise CheckpointError(
+            f"{path}: {size - end} bytes after {before}, which ends at {end}, belong to no tensor"
+        )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def build_header(
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]], align: int = 8
+) -> tuple[bytes, dict[str, int]]:
+    """What a file begins with, and where each tensor goes, for (name, dtype, shape) in file order.
+
+    Returns:
+        The length and the JSON, padded with spaces to a multiple of `align` bytes; and each
+        tensor's absolute offset.
+
+    Raises:
+        ValueError: a name occurs twice, a dtype is unknown, or the header would exceed
+            MAX_HEADER_BYTES.
+    """
+    entries: dict[str, dict[str, Any]] = {}
+    end = 0
+    for name, dtype, shape in tensors:
+        if name in entries:
+            raise ValueError(f"tensor {name} occurs twice")
+        if dtype not in ITEM_BITS:
+            raise ValueError(f"tensor {name}: unknown dtype {dtype}")
+        begin, end = end, end + math.prod(shape) * ITEM_BITS[dtype] // 8
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-(8 + len(text)) % align)
+    if len(text) > MAX_HEADER_BYTES:
+        raise ValueError(f"a header of {len(text)} bytes; at most {MAX_HEADER_BYTES} are allowed")
+    start = 8 + len(text)
+    offsets = {name: start + entry["data_offsets"][0] for name, entry in entries.items()}
+    return struct.pack("<Q", len(text)) + text, offsets

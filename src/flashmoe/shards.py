@@ -1,0 +1,113 @@
+"""A directory of safetensors files as one table of tensors."""
+
+from pathlib import Path
+
+from flashmoe.errors import CheckpointError
+from flashmoe.safetensors import Tensor, read_header
+from flashmoe.strict_json import read_json
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+# Multi-token prediction and vision, which generating text does not need, and the bytes that align
+# a pack's experts.
+_SKIPPED = (
+    "mtp.",
+    "model.mtp.",
+    "language_model.mtp.",
+    "model.visual.",
+    "visual.",
+    "vision_tower.",
+    "padding.",
+)
+
+
+def read_tensors(directory: Path) -> dict[str, Tensor]:
+    """Every tensor that `directory` stores for text, by the name it is stored under.
+
+    Raises:
+        CheckpointError: no weights here, a damaged file, or an index that does not agree with the
+            files it names.
+    """
+    path = weights_file(directory)
+    if path.name == INDEX:
+        return _read_indexed(directory, path)
+    return _wanted(read_header(path))
+
+
+def weights_file(directory: Path) -> Path:
+    """What says which tensors there are: the index, or else the single file.
+
+    Raises:
+        CheckpointError: neither is there.
+    """
+    for path in (directory / INDEX, directory / SINGLE):
+        if path.is_symlink() or path.exists():
+            return path
+    present = sorted(path.name for path in directory.glob("*.*"))
+    raise CheckpointError(
+        f"{directory}: neither {SINGLE} nor {INDEX} is here;"
+        f" found {', '.join(present[:8]) or 'nothing'}. Is the download complete?"
+    )
+
+
+def is_skipped(name: str) -> bool:
+    """Whether a tensor is none of the text model's: multi-token prediction, vision, padding."""
+    return name.startswith(_SKIPPED)
+
+
+def _wanted(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if not is_skipped(name)}
+
+
+def _read_indexed(directory: Path, index: Path) -> dict[str, Tensor]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: weight_map is missing, empty or not an object")
+    by_file: dict[str, set[str]] = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not _is_plain_name(file):
+            raise CheckpointError(
+                f"{index}: tensor {name} is said to lie in {file!r}; expected the name of a"
+                " .safetensors file in the same directory"
+            )
+        names = by_file.setdefault(file, set())
+        if not is_skipped(name):
+            names.add(name)
+
+    tensors: dict[str, Tensor] = {}
+    for file, names in sorted(by_file.items()):
+        if not names:
+            continue
+        path = directory / file
+        try:
+            found = _wanted(read_header(path))
+        except CheckpointError as error:
+            if not path.exists():
+                raise CheckpointError(
+                    f"{path}: no such file, but {INDEX} says that it holds {len(names)} tensors;"
+                    " is the download complete?"
+                ) from None
+            raise error
+        if absent := names - found.keys():
+            raise CheckpointError(
+                f"{path}: {INDEX} says that it holds {listed(absent)}; it does not"
+            )
+        if unnamed := found.keys() - names:
+            raise CheckpointError(
+                f"{path}: holds {listed(unnamed)}, which {INDEX} does not place in it"
+            )
+        tensors.update(found)
+    return tensors
+
+
+def _is_plain_name(file: str) -> bool:
+    return (
+        file.endswith(".safetensors") and len(file) < 256 and not any(c in file for c in "/\\:\0")
+    )
+
+
+def listed(names: set[str]) -> str:
+    """A few of the names, sorted, and how many more there are."""
+    shown = ", ".join(sorted(names)[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
