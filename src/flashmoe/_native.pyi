@@ -85,12 +85,20 @@ def cpu_kernels() -> str:
 
 def quantize(
     weight: npt.NDArray[Any], dtype: str, bits: int, group: int
-) -> tuple[npt.NDArray[np.uint32], npt.NDArray[Any], npt.NDArray[Any]]: ...
+) -> tuple[npt.NDArray[np.uint32], npt.NDArray[Any], npt.NDArray[Any]]:
+    """MLX's affine quantiser: words [..., cols * bits / 32], scales and biases [..., cols / group].
+
+    weight [..., cols] is float32, float16 or uint16 (holding bfloat16); dtype ("F32", "F16" or
+    "BF16") is that of the scales and biases returned, in the same numpy types. Bits are 2, 4 or 8,
+    a group is 32, 64 or 128. Raises ValueError for other arguments, and for weights that are not
+    finite, naming the row. The GIL is free: call it from several threads.
+    """
+
 def dequantize(
     words: npt.NDArray[np.uint32],
     scales: npt.NDArray[Any],
     biases: npt.NDArray[Any],
-    dtype: str,
     bits: int,
     group: int,
-) -> npt.NDArray[np.float32]: ...
+) -> npt.NDArray[np.float32]:
+    """word · scale + bias, computed in float32; the inverse of quantize's layout."""
