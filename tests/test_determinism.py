@@ -42,9 +42,8 @@ def test_caching_changes_no_bit(precision: str, checkpoint: GetCheckpoint) -> No
     ids = random_ids(300, 60)
     uncached = TestEngine(directory, precision=precision, cache_bytes=0)
     cached = TestEngine(directory, precision=precision, cache_bytes=1 << 30)
-    first = uncached.logits(ids)
-    for _ in range(2):
-        assert np.array_equal(first, cached.logits(ids))
-    stats = cached.native.stats()
-    assert stats["expert_misses"] == stats["reads"]  # each expert was read once and then kept
-    assert stats["expert_hits"] > 0
+    expected = uncached.logits(ids)
+    assert np.array_equal(expected, cached.logits(ids))
+    read_once = cached.native.stats()["reads"]
+    assert np.array_equal(expected, cached.logits(ids))
+    assert cached.native.stats()["reads"] == read_once  # the second pass found all in slots
