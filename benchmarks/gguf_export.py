@@ -12,22 +12,27 @@ Needs `gguf` from PyPI.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import gguf
 import numpy as np
 import numpy.typing as npt
 
-from flashmoe.checkpoint import Checkpoint, StoredMatrix
+from flashmoe.checkpoint import Checkpoint
+from flashmoe.config import ModelConfig
+from flashmoe.stored import Extents, Format
 
 Array = npt.NDArray[np.generic]
 BLOCK = 32  # weights of a Q4_0 block
 
 
-def stored(extents: list[tuple[Path, int, int]]) -> npt.NDArray[np.uint8]:
+def stored(files: Sequence[Path], extents: Extents) -> npt.NDArray[np.uint8]:
     """The bytes of consecutive extents."""
-    parts = [np.memmap(file, np.uint8, "r", offset, (length,)) for file, offset, length in extents]
+    parts = [
+        np.memmap(files[file], np.uint8, "r", int(offset), (int(length),))
+        for file, offset, length in extents
+    ]
     return np.concatenate(parts) if len(parts) > 1 else np.asarray(parts[0])
 
 
@@ -45,31 +50,32 @@ def nibbles(words: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     return result.reshape(*words.shape[:-1], -1)
 
 
-def q4_0(parts: list[npt.NDArray[np.uint8]], rows: int, cols: int, dtype: str, group: int) -> Array:
+def q4_0(parts: list[npt.NDArray[np.uint8]], format: Format) -> Array:
     """Q4_0 rows [rows, cols / 32 * 18] of an affine 4-bit matrix."""
-    scales = to_float(parts[1], dtype).reshape(rows, -1)
-    biases = to_float(parts[2], dtype).reshape(rows, -1)
+    rows, cols = format.rows, format.cols
+    scales = to_float(parts[1], format.dtype).reshape(rows, -1)
+    biases = to_float(parts[2], format.dtype).reshape(rows, -1)
     q = nibbles(parts[0].reshape(rows, cols // 2))
     if not np.array_equal(biases, -8 * scales):
-        weights = q.reshape(rows, -1, group) * scales[..., None] + biases[..., None]
+        weights = q.reshape(rows, -1, format.group) * scales[..., None] + biases[..., None]
         return gguf.quants.quantize(weights.reshape(rows, cols), gguf.GGMLQuantizationType.Q4_0)
     q = q.reshape(rows, cols // BLOCK, BLOCK)
     out = np.empty((rows, cols // BLOCK, 18), np.uint8)
-    d = np.repeat(scales, group // BLOCK, axis=1).astype(np.float16)
+    d = np.repeat(scales, format.group // BLOCK, axis=1).astype(np.float16)
     out[..., :2] = d[..., None].view(np.uint8)
     out[..., 2:] = q[..., :16] | (q[..., 16:] << 4)
     return out.reshape(rows, -1)
 
 
-def dense(parts: list[npt.NDArray[np.uint8]], matrix: StoredMatrix) -> npt.NDArray[np.float32]:
+def dense(parts: list[npt.NDArray[np.uint8]], format: Format) -> npt.NDArray[np.float32]:
     """A matrix of any format as float32 [rows, cols]."""
-    rows, cols, bits = matrix.rows, matrix.cols, matrix.bits
+    rows, cols, bits = format.rows, format.cols, format.bits
     if not bits:
-        return to_float(parts[0], matrix.dtype).reshape(rows, cols)
+        return to_float(parts[0], format.dtype).reshape(rows, cols)
     words = parts[0].reshape(rows, -1)
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    q = ((words[..., None] >> shifts) & (2**bits - 1)).reshape(rows, -1, matrix.group)
-    scales, biases = (to_float(part, matrix.dtype).reshape(rows, -1, 1) for part in parts[1:])
+    q = ((words[..., None] >> shifts) & (2**bits - 1)).reshape(rows, -1, format.group)
+    scales, biases = (to_float(part, format.dtype).reshape(rows, -1, 1) for part in parts[1:])
     return (q * scales + biases).reshape(rows, cols)
 
 
@@ -98,20 +104,18 @@ class Exporter:
     ) -> None:
         """rows and cols: where each output row, and each block of 32 columns, comes from."""
         matrix = self.checkpoint.matrices[source]
-        q4 = matrix.bits == 4
+        format = matrix.format
+        q4 = format.bits == 4
 
         def make() -> Array:
-            parts = [stored(part) for part in matrix.parts]
-            if q4:
-                data = q4_0(parts, matrix.rows, matrix.cols, matrix.dtype, matrix.group)
-                blocks = data.reshape(matrix.rows, -1, 18)
-            else:
-                blocks = dense(parts, matrix).reshape(matrix.rows, -1, BLOCK)
+            parts = [stored(self.checkpoint.files, part) for part in matrix.parts]
+            data = q4_0(parts, format) if q4 else dense(parts, format)
+            blocks = data.reshape(format.rows, -1, 18 if q4 else BLOCK)
             blocks = blocks if rows is None else blocks[rows]
             blocks = blocks if cols is None else blocks[:, cols]
-            return np.ascontiguousarray(blocks).reshape(matrix.rows, -1)
+            return np.ascontiguousarray(blocks).reshape(format.rows, -1)
 
-        self.add(name, shape or (matrix.rows, matrix.cols), q4, make)
+        self.add(name, shape or (format.rows, format.cols), q4, make)
 
     def vector(
         self, name: str, source: str, order: Array | None = None,
@@ -121,7 +125,7 @@ class Exporter:
         vector = self.checkpoint.vectors[source]
 
         def make() -> Array:
-            data = to_float(stored(vector.extents), vector.dtype) + float(vector.plus_one)
+            data = to_float(stored(self.checkpoint.files, vector.extents), vector.dtype) + float(vector.plus_one)
             data = data.reshape(shape) if shape else data
             data = data if order is None else data[order]
             return np.ascontiguousarray(change(data) if change else data, np.float32)
@@ -130,21 +134,15 @@ class Exporter:
 
     def experts(self, layer: int) -> None:
         experts = self.checkpoint.experts[layer]
-        files = self.checkpoint.files
-        per_matrix = len(experts.extents) // self.checkpoint.config.num_experts // 3
-        table = experts.extents.reshape(-1, 3, per_matrix, 3)
-        for index, (kind, format) in enumerate(
-            zip(("gate", "up", "down"), (experts.gate, experts.up, experts.down), strict=True)
-        ):
+        table = experts.extents.reshape(self.checkpoint.config.num_experts, 3, -1, 1, 3)
+        formats = (experts.gate, experts.up, experts.down)
+        for index, (kind, format) in enumerate(zip(("gate", "up", "down"), formats, strict=True)):
 
-            def make(index: int = index, format: StoredMatrix = format) -> Array:
-                blocks = []
-                for parts in table[:, index]:
-                    data = [stored([(files[f], int(o), int(n))]) for f, o, n in parts]
-                    blocks.append(
-                        q4_0(data, format.rows, format.cols, format.dtype, format.group)
-                    )
-                return np.stack(blocks)
+            def make(index: int = index, format: Format = format) -> Array:
+                files = self.checkpoint.files
+                return np.stack(
+                    [q4_0([stored(files, part) for part in parts[index]], format) for parts in table]
+                )
 
             shape = (len(table), format.rows, format.cols)
             self.add(f"blk.{layer}.ffn_{kind}_exps.weight", shape, True, make)
@@ -159,7 +157,7 @@ class Exporter:
         self.writer.close()
 
 
-def tiled(config: object, heads: int, width: int) -> npt.NDArray[np.int64]:
+def tiled(config: ModelConfig, heads: int, width: int) -> npt.NDArray[np.int64]:
     """Where each of Hv * width rows comes from when V heads [Hk, r] become [r, Hk]."""
     key_heads = config.linear_num_key_heads
     order = np.arange(heads * width).reshape(key_heads, heads // key_heads, width)
