@@ -1,6 +1,7 @@
 #include "quantize/affine.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
