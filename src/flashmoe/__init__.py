@@ -1,1 +1,64 @@
-"""Run Mixture-of-Experts language models far larger than memory."""
+"""Run Mixture-of-Experts language models far larger than memory.
+
+import flashmoe
+
+model = flashmoe.Model("demo")  # or a hub id, or a directory
+for token in model.generate("Once upon a time", max_tokens=100):
+    print(token.text, end="", flush=True)
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from flashmoe.errors import (
+    ArgumentError,
+    CheckpointError,
+    FlashMoeError,
+    ReadError,
+    StateError,
+)
+
+if TYPE_CHECKING:
+    from flashmoe.model import Model, Token
+    from flashmoe.sampling import Sampling
+    from flashmoe.state import State
+    from flashmoe.stats import Stats
+
+    __version__: str
+
+__all__ = [
+    "ArgumentError",
+    "CheckpointError",
+    "FlashMoeError",
+    "Model",
+    "ReadError",
+    "Sampling",
+    "State",
+    "StateError",
+    "Stats",
+    "Token",
+    "__version__",
+]
+
+# On first use: the command line answers --help without numpy and the native core.
+_MODULES = {
+    "Model": "flashmoe.model",
+    "Sampling": "flashmoe.sampling",
+    "State": "flashmoe.state",
+    "Stats": "flashmoe.stats",
+    "Token": "flashmoe.model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version  # noqa: PLC0415
+
+        return version("flashmoe")
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
+    raise AttributeError(f"module 'flashmoe' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

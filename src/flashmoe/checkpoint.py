@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from flashmoe.config import ModelConfig
 from flashmoe.errors import CheckpointError
 from flashmoe.layouts import WeightFinder
-from flashmoe.shards import read_tensors
+from flashmoe.safetensors import Tensor
+from flashmoe.shards import read_tensors, weights_file
 from flashmoe.stored import Format, StoredExperts, StoredMatrix, StoredVector
 
 if TYPE_CHECKING:
@@ -38,7 +39,15 @@ class Checkpoint:
         if not directory.is_dir():
             raise CheckpointError(f"{directory}: no such directory")
         config = ModelConfig.load(directory)
-        weights = WeightFinder(directory, config, read_tensors(directory))
+        tensors = read_tensors(directory)
+        return Checkpoint.of_tensors(directory, config, tensors, weights_file(directory))
+
+    @staticmethod
+    def of_tensors(
+        directory: Path, config: ModelConfig, tensors: Mapping[str, Tensor], source: Path
+    ) -> "Checkpoint":
+        """Likewise from tensors whose headers were read elsewhere, as `source` lists them."""
+        weights = WeightFinder(source, config, tensors)
         weights.find()
         return Checkpoint(
             directory,

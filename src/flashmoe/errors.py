@@ -1,8 +1,12 @@
-"""What flashmoe raises. Every message names the file, tensor or argument, and what to do about it."""
+"""What flashmoe raises. A message names the file, tensor or argument, and what to do about it."""
 
 
 class FlashMoeError(Exception):
     """Base of everything that flashmoe raises on purpose."""
+
+
+class ArgumentError(FlashMoeError, ValueError):
+    """An argument has a value that cannot be used."""
 
 
 class CheckpointError(FlashMoeError):

@@ -9,7 +9,7 @@ import numpy as np
 from flashmoe.config import ModelConfig
 from flashmoe.errors import CheckpointError
 from flashmoe.safetensors import Tensor
-from flashmoe.shards import listed, weights_file
+from flashmoe.shards import listed
 from flashmoe.stored import (
     FLOAT_BYTES,
     Extents,
@@ -26,11 +26,14 @@ _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 class WeightFinder:
-    """Takes a checkpoint's tensors one weight at a time, each checked against the config."""
+    """Takes a checkpoint's tensors one weight at a time, each checked against the config.
 
-    def __init__(self, directory: Path, config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
+    source is what said which tensors there are; messages name it.
+    """
+
+    def __init__(self, source: Path, config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
         self.config = config
-        self.source = weights_file(directory)
+        self.source = source
         self.files: dict[Path, int] = {}
         for tensor in tensors.values():
             self.files.setdefault(tensor.file, len(self.files))

@@ -8,7 +8,7 @@ the file exactly, without holes or overlaps.
 import json
 import math
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,6 +62,19 @@ def read_header(path: Path) -> dict[str, Tensor]:
         CheckpointError: the file is missing, truncated or breaks the format; the message names it,
             and the tensor where there is one.
     """
+    entries, _, start, size = _read_entries(path)
+    tensors = [_parse_entry(path, name, entry, start) for name, entry in entries.items()]
+    _check_cover(path, tensors, start, size)
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a file says of itself under `__metadata__`. Raises as `read_header`."""
+    return _read_entries(path)[1]
+
+
+def _read_entries(path: Path) -> tuple[dict[str, Any], dict[str, str], int, int]:
+    """The header's tensors and metadata, the byte where data begins, and the file's size."""
     size = regular_file_size(path)
     try:
         with path.open("rb") as file:
@@ -89,9 +102,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError(f"{path}: __metadata__ is not an object of strings")
-    tensors = [_parse_entry(path, name, entry, 8 + length) for name, entry in entries.items()]
-    _check_cover(path, tensors, 8 + length, size)
-    return {tensor.name: tensor for tensor in tensors}
+    return entries, metadata, 8 + length, size
 
 
 def _parse_entry(path: Path, name: str, entry: Any, start: int) -> Tensor:
@@ -158,7 +169,9 @@ def _short(value: Any) -> str:
 
 
 def build_header(
-    tensors: Iterable[tuple[str, str, tuple[int, ...]]], align: int = 8
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]],
+    align: int = 8,
+    metadata: Mapping[str, str] | None = None,
 ) -> tuple[bytes, dict[str, int]]:
     """What a file begins with, and where each tensor goes, for (name, dtype, shape) in file order.
 
@@ -171,6 +184,8 @@ def build_header(
             MAX_HEADER_BYTES.
     """
     entries: dict[str, dict[str, Any]] = {}
+    if metadata:
+        entries["__metadata__"] = dict(metadata)
     end = 0
     for name, dtype, shape in tensors:
         if name in entries:
@@ -184,5 +199,6 @@ def build_header(
     if len(text) > MAX_HEADER_BYTES:
         raise ValueError(f"a header of {len(text)} bytes; at most {MAX_HEADER_BYTES} are allowed")
     start = 8 + len(text)
+    entries.pop("__metadata__", None)
     offsets = {name: start + entry["data_offsets"][0] for name, entry in entries.items()}
     return struct.pack("<Q", len(text)) + text, offsets

@@ -1,0 +1,135 @@
+"""A conversation as a prompt: the checkpoint's own chat template, rendered as transformers does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flashmoe.errors import ArgumentError, CheckpointError
+from flashmoe.strict_json import read_json
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+Message = Mapping[str, Any]
+"""A turn: `role`, `content`, and what the template knows besides (`tool_calls`, …)."""
+
+
+class ChatTemplate:
+    """A checkpoint's chat template and the special tokens it may name."""
+
+    def __init__(self, source: str, path: Path, tokens: Mapping[str, str] | None = None) -> None:
+        self.source = source
+        self.path = path
+        self._tokens = dict(tokens or {})
+        self._compiled: Template | None = None
+
+    @classmethod
+    def load(cls, directory: Path, *, tools: bool = False) -> ChatTemplate | None:
+        """From `chat_template.jinja`, else from `tokenizer_config.json`; None if neither has one.
+
+        Where several are named, "tool_use" is taken for a conversation with tools, else "default".
+        """
+        config_path = directory / "tokenizer_config.json"
+        config = read_json(config_path) if config_path.is_file() else {}
+        tokens: dict[str, str] = {}
+        for name in ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token"):
+            value = config.get(name)
+            value = value.get("content") if isinstance(value, dict) else value
+            if isinstance(value, str):
+                tokens[name] = value
+        path = directory / "chat_template.jinja"
+        if path.is_file():
+            return cls(path.read_text(encoding="utf-8"), path, tokens)
+        source = config.get("chat_template")
+        if isinstance(source, list):
+            named = {t["name"]: t["template"] for t in source}
+            source = (named.get("tool_use") if tools else None) or named.get("default")
+        return None if source is None else cls(source, config_path, tokens)
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
+        """The prompt's text.
+
+        Args:
+            messages: the turns so far, the oldest first.
+            tools: functions that the model may call, as JSON schemas.
+            add_generation_prompt: end with the beginning of the assistant's turn.
+            variables: the template's own, such as `enable_thinking=False`.
+        Raises:
+            ArgumentError: messages are not turns, or the template refuses them.
+            CheckpointError: the template is not valid Jinja.
+        """
+        import jinja2  # noqa: PLC0415
+
+        if isinstance(messages, (str, bytes, Mapping)) or not all(
+            isinstance(m, Mapping) for m in messages
+        ):
+            raise ArgumentError(
+                'messages must be a list of turns such as {"role": "user", "content": "Hello"}; '
+                f"got {messages!r}"
+            )
+        if self._compiled is None:
+            self._compiled = self._compile()
+        # A key whose value is None means the same as an absent one; templates know only the latter.
+        turns = [{k: v for k, v in m.items() if v is not None} for m in messages]
+        try:
+            return self._compiled.render(
+                messages=turns,
+                tools=None if tools is None else list(tools),
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **{**self._tokens, **variables},
+            )
+        except jinja2.TemplateError as error:
+            raise ArgumentError(f"{self.path}: the chat template refuses this: {error}") from error
+
+    def _compile(self) -> Template:
+        import jinja2  # noqa: PLC0415
+        import jinja2.ext  # noqa: PLC0415
+        from jinja2.sandbox import ImmutableSandboxedEnvironment  # noqa: PLC0415
+
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+        )
+        environment.filters["tojson"] = _tojson
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+        try:
+            return environment.from_string(self.source)
+        except jinja2.TemplateError as error:
+            raise CheckpointError(
+                f"{self.path}: the chat template is not valid Jinja: {error}"
+            ) from error
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes HTML, which a model never saw in training.
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+def _raise_exception(message: str) -> None:
+    import jinja2  # noqa: PLC0415
+
+    raise jinja2.TemplateError(message)

@@ -1,0 +1,350 @@
+"""The command line. Text and results go to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Generator, Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from flashmoe.errors import ArgumentError, FlashMoeError
+from flashmoe.progress import Bar
+
+if TYPE_CHECKING:
+    from flashmoe.model import Model, Token
+
+EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE = 1, 2, 130, 141
+
+
+class Commands(TyperGroup):
+    """Turns what a command raises into one line on stderr and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except FlashMoeError as error:
+            typer.secho("error: ", err=True, fg="red", bold=True, nl=False)
+            typer.echo(str(error), err=True)
+            code = EXIT_USAGE if isinstance(error, ArgumentError) else EXIT_ERROR
+            raise typer.Exit(code) from error
+        except KeyboardInterrupt:
+            typer.echo("\nstopped", err=True)
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+        except BrokenPipeError:
+            # Who read the output has gone, as `head` does. Python would complain when it flushes.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(EXIT_PIPE) from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """The `flashmoe` program."""
+    app(prog_name="flashmoe")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import flashmoe  # noqa: PLC0415
+
+        typer.echo(f"flashmoe {flashmoe.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def flashmoe(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Run Mixture-of-Experts language models far larger than memory.
+
+    Exit codes: 0 done, 1 an error, 2 wrong usage, 130 stopped by Ctrl-C, 141 output closed early.
+    """
+
+
+Source = Annotated[str, typer.Argument(help="A hub id, a directory, or 'demo'.")]
+ExpertsPerToken = Annotated[
+    int,
+    typer.Option(
+        "--experts-per-token", "-k", min=0, help="Experts a layer runs; 0: the model's own number."
+    ),
+]
+Precision = Annotated[
+    str, typer.Option(help="int8, or float32: activations unquantised, the reference.")
+]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="To compute with.  [default: physical cores]")
+]
+Cache = Annotated[
+    str | None,
+    typer.Option(help="Memory for experts, as 4GB; 0: the page cache.  [default: what fits]"),
+]
+Context = Annotated[
+    int | None, typer.Option(min=1, help="Most tokens of a sequence.  [default: the model's own]")
+]
+MaxTokens = Annotated[int | None, typer.Option("--max-tokens", "-n", min=0, help="To generate.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="The same seed draws the same tokens.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
+
+
+@app.command()
+def demo(
+    prompt: Annotated[str | None, typer.Argument(help="How the text begins.")] = None,
+    max_tokens: MaxTokens = 200,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
+    seed: Seed = None,
+    as_json: Json = False,
+) -> None:
+    """Stream text from the small model that comes with flashmoe. No network.
+
+    \b
+    Examples:
+      flashmoe demo
+      flashmoe demo "The little dragon" --seed 1
+    """
+    with _open("demo") as model:
+        start = "Once upon a time" if prompt is None else prompt
+        tokens = model.generate(start, max_tokens=max_tokens, temperature=temperature, seed=seed)
+        _stream(model, tokens, as_json, echo=start)
+
+
+@app.command()
+def generate(
+    source: Source,
+    prompt: Annotated[
+        str | None, typer.Argument(help="What to answer; '-' or none: standard input.")
+    ] = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--raw",
+            help="Render the prompt as a user's turn, or take it as it is.  "
+            "[default: --chat where the model has a chat template]",
+        ),
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(help="The system message of the conversation.")
+    ] = None,
+    think: Annotated[
+        bool | None,
+        typer.Option("--think/--no-think", help="Whether the model reasons before it answers."),
+    ] = None,
+    max_tokens: MaxTokens = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 is greedy.  [default: the model's own, as all below]")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k most probable; 0: all.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Keep the most probable that sum to p.")
+    ] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Keep those p times as probable as the first.")
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Divides the logits of tokens seen; 1: off.")
+    ] = None,
+    presence_penalty: Annotated[
+        float | None, typer.Option(help="Subtracted from logits of tokens generated; 0: off.")
+    ] = None,
+    seed: Seed = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End before this text; may be given several times.")
+    ] = None,
+    experts_per_token: ExpertsPerToken = 4,
+    precision: Precision = "int8",
+    threads: Threads = None,
+    cache: Cache = None,
+    context: Context = None,
+    as_json: Json = False,
+) -> None:
+    """Answer a prompt, streaming the text to stdout.
+
+    \b
+    Examples:
+      flashmoe generate mlx-community/Qwen3.5-397B-A17B-4bit "Explain quantum computing"
+      flashmoe generate ./packed "Say hello" --no-think -n 50 --temperature 0
+      cat notes.txt | flashmoe generate ./packed --system "Summarise the text."
+      flashmoe generate ./packed --raw "def fibonacci(n):" --stop END
+    """
+    if prompt is None or prompt == "-":
+        if sys.stdin.isatty():
+            raise ArgumentError(
+                "no prompt; write it after the model, or pipe it in: "
+                'flashmoe generate MODEL "Explain quantum computing"'
+            )
+        prompt = sys.stdin.read()
+    with _open(source, experts_per_token, precision, threads, cache, context) as model:
+        templated = model.chat_template() is not None
+        chatting = templated if chat is None else chat
+        if not chatting and (system is not None or think is not None):
+            raise ArgumentError("--system and --think need a conversation; use --chat, not --raw")
+        options: dict[str, Any] = {
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "presence_penalty": presence_penalty,
+            "seed": seed,
+            "stop": stop or None,
+        }
+        with Bar("reading the prompt", "tokens") as options["progress"]:
+            if chatting:
+                messages = [{"role": "user", "content": prompt}]
+                if system is not None:
+                    messages.insert(0, {"role": "system", "content": system})
+                variables = {} if think is None else {"enable_thinking": think}
+                tokens = model.chat(messages, variables=variables, **options)
+            else:
+                tokens = model.generate(prompt, **options)
+            _stream(model, tokens, as_json)
+
+
+@app.command()
+def info(
+    source: Source,
+    experts_per_token: ExpertsPerToken = 4,
+    disk_rate: Annotated[
+        float | None, typer.Option(help="Of the SSD, in GB/s.  [default: measured]")
+    ] = None,
+    memory_rate: Annotated[
+        float | None, typer.Option(help="Of memory, in GB/s.  [default: measured]")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a model is, and whether and how fast it runs here, before downloading it.
+
+    Of a model on the hub only its config and the headers of its files are fetched.
+
+    \b
+    Examples:
+      flashmoe info mlx-community/Qwen3.5-397B-A17B-4bit
+      flashmoe info ./packed --disk-rate 6.5 --json
+    """
+    from flashmoe.info import describe  # noqa: PLC0415
+    from flashmoe.report import info_lines  # noqa: PLC0415
+
+    found = describe(
+        source,
+        experts_per_token=experts_per_token or None,
+        disk_rate=disk_rate and disk_rate * 1e9,
+        memory_rate=memory_rate and memory_rate * 1e9,
+    )
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=2))
+    else:
+        typer.echo("\n".join(info_lines(found)))
+
+
+@app.command()
+def bench(
+    source: Source,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 256,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 64,
+    runs: Annotated[int, typer.Option(min=1, help="Of which the medians are shown.")] = 3,
+    experts_per_token: ExpertsPerToken = 4,
+    precision: Precision = "int8",
+    threads: Threads = None,
+    cache: Cache = None,
+    as_json: Json = False,
+) -> None:
+    """Measure prefill, decode, time to first token, bytes read, hit rate and peak memory.
+
+    \b
+    Examples:
+      flashmoe bench demo
+      flashmoe bench ./packed --tokens 128 --runs 5 --json
+    """
+    from flashmoe.bench import run_bench  # noqa: PLC0415
+    from flashmoe.report import bench_lines  # noqa: PLC0415
+
+    with _open(source, experts_per_token, precision, threads, cache) as model:
+        result = run_bench(
+            model,
+            prompt_tokens=prompt_tokens,
+            tokens=tokens,
+            runs=runs,
+            done=lambda i, run: typer.echo(
+                f"run {i} of {runs}: {run['decode_rate']:.2f} tok/s", err=True
+            ),
+        )
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+    else:
+        typer.echo("\n".join(bench_lines(result)))
+
+
+@contextlib.contextmanager
+def _open(
+    source: str,
+    experts_per_token: int = 4,
+    precision: str = "int8",
+    threads: int | None = None,
+    cache: str | None = None,
+    context: int | None = None,
+) -> Iterator[Model]:
+    """A model, opened with progress on stderr, that says what is in force."""
+    from flashmoe.model import Model  # noqa: PLC0415
+
+    with Bar("loading", "bytes") as progress:
+        model = Model(
+            source,
+            experts_per_token=experts_per_token or None,
+            precision=precision,
+            threads=threads,
+            cache=cache,
+            context=context,
+            progress=progress,
+        )
+    with model:
+        own = model.config.num_experts_per_tok
+        typer.echo(
+            f"{source}: {model.experts_per_token} of {model.config.num_experts} experts per token "
+            f"(the model's own: {own}), {model.precision}, threads: {model.threads}",
+            err=True,
+        )
+        yield model
+
+
+def _stream(
+    model: Model, tokens: Generator[Token, None, None], as_json: bool, echo: str = ""
+) -> None:
+    """Prints texts as they come and statistics at the end; all of it at the end for JSON."""
+    taken: list[Token] = []
+    try:
+        if echo and not as_json:
+            typer.echo(echo, nl=False)
+        for token in tokens:
+            taken.append(token)
+            if not as_json:
+                sys.stdout.write(token.text)
+                sys.stdout.flush()
+    finally:
+        # Stops the work at once where the output was closed or Ctrl-C came.
+        tokens.close()
+    if as_json:
+        answer = {
+            "text": "".join(token.text for token in taken),
+            "tokens": [{"id": t.id, "text": t.text, "logprob": t.logprob} for t in taken],
+            "stats": model.stats.to_dict(),
+        }
+        typer.echo(json.dumps(answer))
+        return
+    typer.echo()
+    from flashmoe.report import stats_line  # noqa: PLC0415
+
+    typer.secho(stats_line(model.stats), err=True, dim=True)

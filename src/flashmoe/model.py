@@ -1,0 +1,497 @@
+"""A model that runs: opened once, then asked for tokens, logits and states."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from flashmoe import machine
+from flashmoe.chat import ChatTemplate, Message
+from flashmoe.checkpoint import Checkpoint
+from flashmoe.errors import ArgumentError, StateError
+from flashmoe.sampling import Sampler, Sampling
+from flashmoe.source import find_model
+from flashmoe.state import State
+from flashmoe.stats import Meter, Stats
+from flashmoe.strict_json import read_json
+from flashmoe.text import TextStream, load_tokenizer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from flashmoe import _native
+    from flashmoe.config import ModelConfig
+
+log = logging.getLogger("flashmoe")
+
+CHUNK = 512
+"""Prompt tokens computed together: each expert that they need is read once for all of them."""
+
+PRECISIONS = ("int8", "float32")
+BACKENDS = ("auto", "cpu")
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Token:
+    """One step of a generation.
+
+    Attributes:
+        id: in the model's vocabulary.
+        text: what became final with it. Often "", where a character or what may be a stop string is
+            not complete yet, and for special tokens; all texts together are the answer.
+        logprob: natural logarithm of its probability under the model, before penalties,
+            temperature and filters.
+    """
+
+    id: int
+    text: str
+    logprob: float
+
+
+class Model:
+    """A Mixture-of-Experts model whose experts are read from disk as tokens need them.
+
+    Several threads may use one model: they take turns, a token or a chunk of a prompt each.
+
+    Args:
+        source: a hub id such as "mlx-community/Qwen3.5-397B-A17B-4bit" (downloaded on first use), a
+            directory, or "demo" (a small model that flashmoe brings along).
+        experts_per_token: how many experts each layer runs for a token, at most the model's own
+            number; None is the model's own. Fewer are faster and less exact.
+        backend: "cpu", or "auto" for the best one here.
+        precision: "int8" quantises the inputs of quantised matrices to 8 bits per group; "float32"
+            keeps them, the reference.
+        threads: to compute with; None takes every physical core that the process may use.
+        cache: memory for experts, as bytes or as in "4GB"; 0 leaves caching to the system's page
+            cache; None decides with `default_cache`.
+        context: most tokens of a sequence; None is the model's own limit.
+        progress: called with (bytes read, bytes in all) while the resident weights are loaded.
+    Raises:
+        ArgumentError: an argument cannot be used.
+        CheckpointError: the checkpoint is absent, damaged, or of a kind that is not supported.
+    """
+
+    def __init__(
+        self,
+        source: str | os.PathLike[str],
+        *,
+        experts_per_token: int | None = 4,
+        backend: str = "auto",
+        precision: str = "int8",
+        threads: int | None = None,
+        cache: int | str | None = None,
+        context: int | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        _check_choice("backend", backend, BACKENDS)
+        _check_choice("precision", precision, PRECISIONS)
+        _check_count("experts_per_token", experts_per_token, 1)
+        _check_count("threads", threads, 1)
+        _check_count("context", context, 1)
+        cache_bytes = None if cache is None else parse_bytes(cache)
+
+        self.source = os.fspath(source)
+        self.directory = find_model(self.source)
+        checkpoint = Checkpoint.open(self.directory)
+        self.config: ModelConfig = checkpoint.config
+        own, limit = self.config.num_experts_per_tok, self.config.max_position_embeddings
+        if context is not None and context > limit:
+            raise ArgumentError(f"context is {context}; the model's own limit is {limit}")
+        self.experts_per_token = own if experts_per_token is None else min(experts_per_token, own)
+        self.precision = precision
+        self.threads = threads or machine.physical_cores()
+        self.context = context or limit
+        if cache_bytes is None:
+            cache_bytes = default_cache(checkpoint, machine.available_memory())
+        self.sampling = self._default_sampling()
+        self.fingerprint = _fingerprint(checkpoint)
+        self._turn = threading.Lock()
+        self._engine = open_engine(
+            checkpoint,
+            experts_per_token=self.experts_per_token,
+            precision=precision,
+            threads=self.threads,
+            cache_bytes=cache_bytes,
+            progress=progress,
+        )
+        self._closed = False
+        self._meter = Meter(self._engine.stats())
+        self._last_totals: Mapping[str, float] = self._engine.stats()
+        log.info(
+            "%s: %d of %d experts per token (the model's own number is %d), %s, %d threads, %s",
+            self.source,
+            self.experts_per_token,
+            self.config.num_experts,
+            own,
+            precision,
+            self.threads,
+            f"{cache_bytes / 1e9:.2f} GB for experts" if cache_bytes else "page cache for experts",
+        )
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return (
+            f"Model({self.source!r}, experts_per_token={self.experts_per_token}, "
+            f"precision={self.precision!r}, threads={self.threads})"
+        )
+
+    def close(self) -> None:
+        """Frees memory and files; using the model afterwards raises StateError."""
+        with self._turn:
+            if not self._closed:
+                self._last_totals = self._engine.stats()
+                self._closed = True
+                self._engine.close()
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer, of the `tokenizers` library."""
+        return load_tokenizer(self.directory)
+
+    @property
+    def stats(self) -> Stats:
+        """What the latest `generate()` or `logits()` took, to date if it is not over."""
+        from flashmoe import _native  # noqa: PLC0415
+
+        with self._turn:
+            if not self._closed:
+                self._last_totals = self._engine.stats()
+        return self._meter.stats(
+            self._last_totals,
+            experts_per_token=self.experts_per_token,
+            precision=self.precision,
+            threads=self.threads,
+            kernels=_native.cpu_kernels(),
+        )
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        presence_penalty: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        state: State | None = None,
+        progress: Progress | None = None,
+    ) -> Generator[Token, None, None]:
+        """Continues a prompt, token by token.
+
+        A text is taken as it is; `chat` renders a conversation first. What of temperature, top_k,
+        top_p, min_p and the penalties is None is the checkpoint's `generation_config.json`'s; see
+        `Sampling`. It ends after an end-of-sequence token, which is given out like any other, after
+        a stop string, max_tokens, or when the context is full (`stats.finish_reason`).
+
+        Args:
+            prompt: text, or ids. May be empty where a state has an answer to go on with.
+            max_tokens: to give out at most; None for as many as the context holds. 0 only adds the
+                prompt to the state.
+            seed: the same seed draws the same tokens; None draws others each time.
+            stop: ends the answer before the first of these strings.
+            state: what came before; it then holds the prompt and every token given out.
+            progress: called with (prompt tokens computed, prompt tokens) after each chunk.
+        Raises:
+            ArgumentError: at once, for a value that cannot be used.
+            StateError: the prompt does not fit the context, the model is closed, or the state is of
+                another model or in use.
+            ReadError: while iterating, an expert could not be read. The state keeps its tokens: an
+                empty prompt goes on from there.
+        """
+        _check_count("max_tokens", max_tokens, 0)
+        sampling = self.sampling.override(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+        )
+        ids = self._encode(prompt)
+        if state is None:
+            state = self.new_state()
+        elif state._model is not self:
+            raise StateError("this state is another model's; make one with new_state()")
+        if not ids and state.position == state._native.position:
+            raise ArgumentError("the prompt is empty; give at least one token")
+        if state.position + len(ids) > self.context:
+            raise StateError(
+                f"the context holds {self.context} tokens; {state.position} before and a prompt of "
+                f"{len(ids)} are more; shorten the prompt or open the model with a larger context"
+            )
+        stream = self._text_stream(stop)
+        sampler = Sampler(sampling, seed, seen=(*state._tokens, *ids))
+        eos = frozenset(self.config.eos_token_ids)
+        return self._steps(ids, state, sampler, stream, max_tokens, eos, progress)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Generator[Token, None, None]:
+        """Answers a conversation: `generate` on what `render` makes of it.
+
+        Args:
+            messages: turns such as {"role": "user", "content": "Hello"}, all of them.
+            tools: functions that the model may call, as JSON schemas.
+            variables: of the template, such as {"enable_thinking": False}.
+            options: those of `generate`. A `state` is used as far as the conversation begins with
+                it, and started afresh otherwise: the answer is the same, only the time differs.
+        """
+        text = self.render(messages, tools=tools, **(variables or {}))
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        state: State | None = options.get("state")
+        if state is not None:
+            before = len(state._tokens)
+            if state._tokens == ids[:before] and before < len(ids):
+                ids = ids[before:]
+            else:
+                state._restart()
+        return self.generate(ids, **options)
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
+        """A conversation as the text of a prompt; see `ChatTemplate.render`."""
+        template = self.chat_template(tools=bool(tools))
+        if template is None:
+            raise ArgumentError(
+                f"{self.directory}: the checkpoint has no chat template (chat_template.jinja); "
+                "use generate() with a plain prompt"
+            )
+        return template.render(
+            messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables
+        )
+
+    def chat_template(self, *, tools: bool = False) -> ChatTemplate | None:
+        """The checkpoint's chat template, or None."""
+        return ChatTemplate.load(self.directory, tools=tools)
+
+    def logits(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """The model's prediction after each of the ids: float32 [len(ids), vocab].
+
+        Raises:
+            ArgumentError, StateError, ReadError: as `generate`.
+        """
+        ids = self._encode(ids)
+        if not ids:
+            raise ArgumentError("ids are empty; give at least one token")
+        if len(ids) > self.context:
+            raise StateError(f"{len(ids)} ids; the context holds {self.context}")
+        state = self.new_state()
+        with self._turn:
+            self._check_open()
+            self._meter = meter = Meter(self._engine.stats())
+            start = time.perf_counter()
+            out = self._engine.forward(state._native, np.array(ids, np.int32), all_logits=True)
+            meter.prompt_tokens, meter.prefill_seconds = len(ids), time.perf_counter() - start
+        return out
+
+    def new_state(self) -> State:
+        """A state that holds no token yet."""
+        with self._turn:
+            self._check_open()
+            return State(self, self._engine.new_state(), [])
+
+    def _steps(
+        self,
+        ids: list[int],
+        state: State,
+        sampler: Sampler,
+        stream: TextStream | None,
+        max_tokens: int | None,
+        eos: frozenset[int],
+        progress: Progress | None,
+    ) -> Generator[Token, None, None]:
+        with state._held():
+            with self._turn:
+                self._check_open()
+                self._meter = meter = Meter(self._engine.stats())
+            state._tokens += ids
+            logits = self._prefill(state, meter, progress)
+            if max_tokens == 0:
+                meter.finish_reason = "length"
+            while meter.finish_reason is None:
+                start = time.perf_counter()
+                token, logprob = sampler.draw(logits)
+                state._tokens.append(token)
+                meter.token()
+                text = ""
+                if token in eos:
+                    meter.finish_reason = "eos"
+                elif stream is not None:
+                    text = stream.push(token)
+                    if stream.stopped:
+                        meter.finish_reason = "stop"
+                if meter.finish_reason is None and meter.generated_tokens == max_tokens:
+                    meter.finish_reason = "length"
+                elif meter.finish_reason is None and state.position == self.context:
+                    meter.finish_reason = "context"
+                if meter.finish_reason is not None and stream is not None:
+                    text += stream.finish()
+                spent = time.perf_counter() - start
+                yield Token(token, text, logprob)
+                if meter.finish_reason is None:
+                    start = time.perf_counter()
+                    logits = self._forward(state, [token])
+                    meter.decode_seconds += spent + time.perf_counter() - start
+
+    def _prefill(
+        self, state: State, meter: Meter, progress: Progress | None
+    ) -> npt.NDArray[np.float32]:
+        """Computes the tokens that the state has but the native state has not."""
+        todo = state._tokens[state._native.position :]
+        start = time.perf_counter()
+        if progress is not None:
+            progress(0, len(todo))
+        for i in range(0, len(todo), CHUNK):
+            logits = self._forward(state, todo[i : i + CHUNK])
+            meter.prompt_tokens = min(i + CHUNK, len(todo))
+            meter.prefill_seconds = time.perf_counter() - start
+            if progress is not None:
+                progress(meter.prompt_tokens, len(todo))
+        return logits
+
+    def _forward(self, state: State, ids: list[int]) -> npt.NDArray[np.float32]:
+        with self._turn:
+            self._check_open()
+            return self._engine.forward(state._native, np.array(ids, np.int32))
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StateError("the model is closed; open it again with flashmoe.Model")
+
+    def _encode(self, prompt: str | Iterable[int]) -> list[int]:
+        if isinstance(prompt, str):
+            return list(self.tokenizer.encode(prompt).ids)
+        vocab = self.config.vocab_size
+        if not isinstance(prompt, Iterable):
+            raise ArgumentError(f"a prompt is text or a sequence of ids; got {prompt!r}")
+        ids = [int(i) if isinstance(i, np.integer) else i for i in prompt]
+        for i in ids:
+            if type(i) is not int:
+                raise ArgumentError(f"a prompt is text or a sequence of ids; it holds {i!r}")
+            if not 0 <= i < vocab:
+                raise ArgumentError(f"token id {i} is not in the vocabulary of {vocab}")
+        return ids
+
+    def _text_stream(self, stop: str | Sequence[str] | None) -> TextStream | None:
+        """None for a checkpoint without a tokenizer, which runs on ids and gives no text."""
+        if stop is None and not (self.directory / "tokenizer.json").exists():
+            return None
+        return TextStream(self.tokenizer, stop)
+
+    def _default_sampling(self) -> Sampling:
+        path = self.directory / "generation_config.json"
+        return Sampling.from_generation_config(read_json(path)) if path.exists() else Sampling()
+
+
+def open_engine(
+    checkpoint: Checkpoint,
+    *,
+    experts_per_token: int,
+    precision: str,
+    threads: int,
+    cache_bytes: int,
+    progress: Progress | None,
+) -> _native.Engine:
+    """The native engine for a checkpoint, its resident weights loaded."""
+    from flashmoe import _native  # noqa: PLC0415
+
+    return _native.Engine(
+        dataclasses.asdict(checkpoint.config) | {"experts_per_token": experts_per_token},
+        checkpoint.native(),
+        backend="cpu",
+        precision=precision,
+        threads=threads,
+        cache_bytes=cache_bytes,
+        chunk=CHUNK,
+        progress=progress,
+    )
+
+
+def default_cache(checkpoint: Checkpoint, available: int) -> int:
+    """Bytes to keep experts in: all of them where they fit comfortably, else 0, the page cache.
+
+    Comfortably is 70 % of what is available, resident weights included. A cache that holds only a
+    part would take memory from the page cache, which keeps a part as well and needs no copy.
+    """
+    # The native store's slots: a multiple of 2 MiB, or of 16 KiB for small experts.
+    largest = max(layer.expert_bytes for layer in checkpoint.experts) + 9 * 16
+    page = 2 << 20 if largest >= 2 << 20 else 16 << 10
+    slot = -(-largest // page) * page
+    experts = slot * checkpoint.config.num_experts * len(checkpoint.experts)
+    resident = sum(matrix.format.nbytes for matrix in checkpoint.matrices.values())
+    return experts if experts + resident <= 0.7 * available else 0
+
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def parse_bytes(size: int | str) -> int:
+    """Bytes from a number or from text such as "4GB" (10^9) or "512MiB" (2^20)."""
+    if isinstance(size, int) and not isinstance(size, bool) and size >= 0:
+        return size
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)(I?)B?", str(size).strip().upper())
+    if not isinstance(size, str) or match is None or (match[3] and not match[2]):
+        raise ArgumentError(f'a size is bytes, 0 or more, or text such as "4GB"; got {size!r}')
+    return int(float(match[1]) * (_BINARY if match[3] else _UNITS)[match[2]])
+
+
+def _fingerprint(checkpoint: Checkpoint) -> str:
+    """Tells models apart, fine-tunes of one architecture too: its config and its final norm."""
+    digest = hashlib.sha256()
+    config = dataclasses.asdict(checkpoint.config)
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for file, offset, length in checkpoint.vectors["norm"].extents.tolist():
+        with Path(checkpoint.files[file]).open("rb") as f:
+            f.seek(offset)
+            digest.update(f.read(length))
+    return digest.hexdigest()[:32]
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ArgumentError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def _check_count(name: str, value: int | None, least: int) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ArgumentError(
+            f"{name} must be None or a whole number, at least {least}; got {value!r}"
+        )

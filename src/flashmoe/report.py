@@ -1,0 +1,106 @@
+"""Statistics as text for people."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flashmoe.info import Info
+    from flashmoe.stats import Stats
+
+
+def size(nbytes: float) -> str:
+    """Bytes as a person reads them, in powers of 1000."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= scale:
+            return f"{nbytes / scale:.3g} {unit}"
+    return f"{nbytes:.0f} bytes"
+
+
+def stats_line(stats: Stats) -> str:
+    """One generation in one line."""
+    parts = [f"{stats.generated_tokens} tokens"]
+    if stats.decode_rate is not None:
+        parts.append(f"{stats.decode_rate:.1f} tok/s")
+    if stats.first_token_seconds is not None:
+        parts.append(f"first after {stats.first_token_seconds:.2f} s")
+    if stats.prefill_rate is not None:
+        parts.append(f"prompt of {stats.prompt_tokens} at {stats.prefill_rate:.0f} tok/s")
+    parts.append(f"{size(stats.bytes_read)} of experts read")
+    if stats.hit_rate is not None:
+        parts.append(f"{stats.hit_rate:.0%} from memory")
+    parts.append(f"peak memory {size(stats.peak_memory)}")
+    parts.append(f"{stats.experts_per_token} experts per token")
+    parts.append(f"{stats.precision} on {stats.threads} x {stats.kernels}")
+    return " | ".join(parts)
+
+
+def info_lines(info: Info) -> list[str]:
+    """What `flashmoe info` shows."""
+    s, f = info.summary, info.fit
+    lines = [
+        f"{s.source}: {s.model_type}",
+        f"  layers         {s.layers}, {s.attention_layers} of them full attention, "
+        f"the others GatedDeltaNet; hidden size {s.hidden_size}",
+        f"  experts        {s.num_experts} a layer, {size(s.expert)} each; {s.experts_per_token} "
+        f"per token (the model's own: {s.own_experts_per_token}) and a shared one",
+        f"  vocabulary     {s.vocab_size}",
+        f"  context        {s.context} tokens",
+        f"  parameters     {s.parameters:,}, of which {s.active_parameters:,} compute a token",
+        "",
+    ]
+    width = max(len(kind.name) for kind in s.kinds)
+    for kind in s.kinds:
+        formats = "; ".join(kind.formats)
+        lines.append(
+            f"  {kind.name:{width}}  {kind.parameters:>17,}  {size(kind.nbytes):>8}  {formats}"
+        )
+    missing = [] if f.fits_memory else ["memory"]
+    missing += [] if f.fits_disk else ["disk"]
+    verdict = "fits this machine" if not missing else f"too little {' and '.join(missing)} here"
+    disk = "lies here" if f.present else f"{size(f.disk_free)} free"
+    lines += [
+        "",
+        f"  on disk        {size(s.disk)}; {disk}",
+        f"  resident       {size(s.resident)} of memory; {size(f.memory_available)} available "
+        f"of {size(f.memory)}",
+        f"  a sequence     {size(s.state_fixed)}, and {size(s.state_per_token)} a token",
+        f"  read a token   {size(s.read_per_token)} of experts, less what is cached: "
+        f"memory has room for {f.cached_share:.0%} of them",
+        "",
+        f"  {verdict}",
+        f"  about {f.tokens_per_second:.2g} tok/s, if all experts are equally likely and computing "
+        "costs nothing,",
+        f"  at {f.disk_rate / 1e9:.1f} GB/s from disk ({f.disk_rate_source}) and "
+        f"{f.memory_rate / 1e9:.1f} GB/s from memory ({f.memory_rate_source})",
+    ]
+    return lines
+
+
+def bench_lines(result: dict[str, Any]) -> list[str]:
+    """What `flashmoe bench` shows."""
+    runs = result["runs"]
+    first = runs[0]
+    names: dict[str, tuple[str, str | Callable[[float], str]]] = {
+        "prefill_rate": ("prefill", "{:.1f} tok/s"),
+        "decode_rate": ("decode", "{:.2f} tok/s"),
+        "first_token_seconds": ("first token", "{:.3f} s"),
+        "bytes_read": ("experts read", size),
+        "hit_rate": ("from memory", "{:.1%}"),
+        "read_seconds": ("reading", "{:.2f} s over all threads"),
+        "wait_seconds": ("waiting for reads", "{:.2f} s"),
+        "peak_memory": ("peak memory", size),
+    }
+    lines = [
+        f"{result['source']}: medians of {len(runs)} runs, a prompt of "
+        f"{result['prompt_tokens']} tokens and {result['tokens']} generated",
+        f"{first['experts_per_token']} experts per token, {first['precision']}, "
+        f"{first['threads']} threads, {first['kernels']}",
+    ]
+    for name, (label, form) in names.items():
+        value = result["median"][name]
+        if value is not None:
+            text = form.format(value) if isinstance(form, str) else form(value)
+            lines.append(f"  {label:17}  {text}")
+    return lines

@@ -1,0 +1,168 @@
+"""What a sequence carries from token to token, as a value that can be kept, copied and stored."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from flashmoe.errors import CheckpointError, FlashMoeError, StateError
+from flashmoe.safetensors import Tensor, build_header, read_header, read_metadata
+
+if TYPE_CHECKING:
+    from flashmoe import _native
+    from flashmoe.model import Model
+
+_FORMAT = "flashmoe.state.1"
+# bfloat16 travels as uint16: numpy has no such type.
+_NUMPY: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype(np.float32),
+    "BF16": np.dtype(np.uint16),
+    "I32": np.dtype(np.int32),
+}
+_DTYPES = {dtype: name for name, dtype in _NUMPY.items()}
+
+
+class State:
+    """The tokens of a sequence, and the KV caches, convolution and recurrent states they leave.
+
+    Made by `Model.new_state()`, `fork()` or `State.load()`. One `generate()` uses it at a time. The
+    last token of an answer has not been computed yet: the next call does that first.
+    """
+
+    def __init__(self, model: Model, native: _native.State, tokens: list[int]) -> None:
+        self._model = model
+        self._native = native
+        self._tokens = tokens
+        self._lock = threading.Lock()
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Every id so far: prompts and answers."""
+        return tuple(self._tokens)
+
+    @property
+    def position(self) -> int:
+        """How many tokens that is."""
+        return len(self._tokens)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory held."""
+        return self._native.nbytes
+
+    def fork(self) -> State:
+        """An independent copy: what is done with one leaves the other as it is."""
+        with self._held():
+            return State(self._model, self._native.fork(), list(self._tokens))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a safetensors file that `State.load` reads, replacing what is there.
+
+        Raises:
+            FlashMoeError: it cannot be written; what was there is then still there.
+        """
+        path = Path(path)
+        with self._held():
+            arrays: dict[str, npt.NDArray[Any]] = {
+                "tokens": np.array(self._tokens, np.int32),
+                **self._native.export(),
+            }
+            computed = self._native.position
+        metadata = {
+            "format": _FORMAT,
+            "model": self._model.fingerprint,
+            "source": self._model.source,
+            "experts_per_token": str(self._model.experts_per_token),
+            "computed": str(computed),
+        }
+        table = [(name, _DTYPES[a.dtype], a.shape) for name, a in arrays.items()]
+        header, _ = build_header(table, metadata=metadata)
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            with part.open("wb") as file:
+                file.write(header)
+                for array in arrays.values():
+                    np.ascontiguousarray(array).tofile(file)
+            part.replace(path)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise FlashMoeError(f"{path}: the state cannot be written: {error}") from error
+
+    @classmethod
+    def load(cls, model: Model, path: str | os.PathLike[str]) -> State:
+        """The state that `save` wrote, to go on with the same model.
+
+        Raises:
+            CheckpointError: not such a file, or damaged.
+            StateError: it belongs to another model, or to other routing.
+        """
+        path = Path(path)
+        tensors = read_header(path)
+        metadata = read_metadata(path)
+        if metadata.get("format") != _FORMAT or "tokens" not in tensors:
+            raise CheckpointError(f"{path}: not a state that flashmoe saved")
+        if metadata.get("model") != model.fingerprint:
+            raise StateError(
+                f"{path}: saved from another model ({metadata.get('source')}), not from "
+                f"{model.source}; open that one, or compute the prompt again"
+            )
+        if metadata.get("experts_per_token") != str(model.experts_per_token):
+            raise StateError(
+                f"{path}: computed with experts_per_token={metadata.get('experts_per_token')}, "
+                f"this model runs {model.experts_per_token}; open the model with that number"
+            )
+        arrays = {name: _read(tensor) for name, tensor in tensors.items()}
+        tokens = arrays.pop("tokens").tolist()
+        computed = metadata.get("computed", "")
+        if not computed.isdecimal() or int(computed) > len(tokens):
+            raise CheckpointError(f"{path}: {len(tokens)} tokens, of which {computed!r} computed")
+        state = model.new_state()
+        if int(computed) > 0:
+            try:
+                state._native.restore(int(computed), arrays)
+            except (ValueError, StateError) as error:
+                raise CheckpointError(f"{path}: {error}") from error
+        state._tokens = tokens
+        return state
+
+    def _restart(self) -> None:
+        with self._held():
+            self._native = self._model.new_state()._native
+            self._tokens = []
+
+    def _held(self) -> _Held:
+        return _Held(self._lock)
+
+
+class _Held:
+    """Holds a state for one user; StateError if it has one already."""
+
+    def __init__(self, lock: threading.Lock) -> None:
+        self._lock = lock
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            raise StateError(
+                "this state is in use by a generate() that has not ended: read it to its end, "
+                "close() it, or fork() the state before"
+            )
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+def _read(tensor: Tensor) -> npt.NDArray[Any]:
+    if tensor.dtype not in _NUMPY:
+        raise CheckpointError(
+            f"{tensor.file}: tensor {tensor.name} is {tensor.dtype}, expected "
+            f"{', '.join(_NUMPY)}: not a state that flashmoe saved"
+        )
+    dtype = _NUMPY[tensor.dtype]
+    count = tensor.nbytes // dtype.itemsize
+    array = np.fromfile(tensor.file, dtype, count, offset=tensor.offset)
+    return array.reshape(tensor.shape)

@@ -1,0 +1,108 @@
+"""Token ids to text, as they come: no split characters, and nothing that must be taken back."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flashmoe.errors import ArgumentError, CheckpointError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """The checkpoint's `tokenizer.json`.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or it is not a byte-level tokenizer.
+    """
+    from tokenizers import Tokenizer, decoders  # noqa: PLC0415
+
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path}: no such file; copy tokenizer.json from the model's page, or download it again"
+        )
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the Rust library raises plain Exception
+        raise CheckpointError(f"{path}: not a tokenizer: {error}; download it again") from error
+    if not isinstance(tokenizer.decoder, decoders.ByteLevel):
+        kind = type(tokenizer.decoder).__name__
+        raise CheckpointError(
+            f"{path}: its decoder is {kind}; flashmoe reads byte-level tokenizers (ByteLevel) only"
+        )
+    return tokenizer
+
+
+def _byte_of() -> dict[str, int]:
+    """The byte that each character of a byte-level vocabulary stands for (GPT-2's table)."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in plain]
+    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+_BYTE_OF = _byte_of()
+
+
+class TextStream:
+    """The text of a growing list of ids, in pieces that are final when they are given out.
+
+    The pieces add up to `tokenizer.decode(ids)`, cut before the first stop string. Bytes of an
+    unfinished UTF-8 character are held back, and so is text that may be the start of a stop string.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: str | Sequence[str] | None = None) -> None:
+        stop = [stop] if isinstance(stop, str) else list(stop or ())
+        if not all(isinstance(s, str) and s for s in stop):
+            raise ArgumentError(f"stop must be strings that are not empty; got {stop!r}")
+        self._tokenizer = tokenizer
+        self._stop = stop
+        added = tokenizer.get_added_tokens_decoder()
+        self._special = {i for i, token in added.items() if token.special}
+        # Replaces invalid bytes as Rust's from_utf8_lossy does: one U+FFFD a maximal subpart.
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """The text that became final with this token; `stopped` turns True at a stop string."""
+        piece = None if token in self._special else self._tokenizer.id_to_token(token)
+        return self._give(self._utf8.decode(_bytes(piece or "")))
+
+    def finish(self) -> str:
+        """What was held back, when no token follows."""
+        if self.stopped:
+            return ""
+        text = self._give(self._utf8.decode(b"", final=True))
+        text, self._held = text + self._held, ""
+        return text
+
+    def _give(self, text: str) -> str:
+        text = self._held + text
+        found = [(i, -len(s)) for s in self._stop if (i := text.find(s)) >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)[0]]
+        keep = max((_overlap(text, s) for s in self._stop), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _bytes(piece: str) -> bytes:
+    """A vocabulary entry's bytes; one outside the byte alphabet (an added token) is its UTF-8."""
+    try:
+        return bytes(map(_BYTE_OF.__getitem__, piece))
+    except KeyError:
+        return piece.encode()
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of text that is a proper beginning of stop."""
+    for n in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:n]):
+            return n
+    return 0
