@@ -1,0 +1,339 @@
+// The CPU backend: divides each operation into tasks for the thread pool and hands these to the
+// kernels. A task writes a part of the output that is its own.
+#include "backend/cpu/cpu_backend.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "backend/cpu/int8_inputs.h"
+#include "backend/cpu/kernels.h"
+#include "core/memory.h"
+#include "core/thread_pool.h"
+
+namespace flashmoe {
+namespace {
+
+constexpr int kRowUnit = 16;          // rows of a task are a multiple of it
+constexpr int kTasksPerThread = 8;    // enough that threads of unequal speed end together
+constexpr int64_t kMinCells = 32768;  // weight elements times tokens that are worth a task
+constexpr int kSmall = 16384;  // floats of an elementwise operation not worth a second thread
+
+int divide_up(int64_t value, int64_t unit) {
+  return static_cast<int>((value + unit - 1) / unit);
+}
+int round_up(int64_t value, int unit) {
+  return divide_up(value, unit) * unit;
+}
+
+class CpuBackend final : public Backend {
+ public:
+  CpuBackend(Precision precision, int threads)
+      : kernels_(select_kernels()),
+        int8_(precision == Precision::kInt8),
+        pool_(threads),
+        inputs_(kernels_),
+        per_thread_(static_cast<size_t>(pool_.threads())) {}
+
+  Buffer allocate(size_t bytes) override { return allocate_pages(bytes); }
+  void finish() override {}
+
+  void embed(const Matrix& table, std::span<const int32_t> ids, float* out) override {
+    for_each(static_cast<int>(ids.size()), table.cols,
+             [&](int t) { kernels_.expand_row(table, ids[t], out + int64_t{t} * table.cols); });
+  }
+
+  void rms_norm(int n, int width, const float* x, const float* weight, float eps,
+                float* out) override {
+    for_each(n, width, [&](int t) {
+      kernels_.rms_norm(width, x + int64_t{t} * width, weight, eps, out + int64_t{t} * width);
+    });
+  }
+
+  void matmul(int n, const float* x, std::span<const Product> products) override {
+    if (n == 0 || products.empty()) return;
+    const int cols = products[0].weight->cols;
+    if (int8_) {
+      inputs_.begin(n, cols);
+      for (const Product& product : products) inputs_.want(*product.weight);
+      for_each(n, cols, [&](int t) { inputs_.quantise(x + int64_t{t} * cols, t); });
+    }
+    int64_t rows = 0;
+    for (const Product& product : products) rows += product.weight->rows;
+    const int step = task_rows(rows, cols, n);
+    int tasks = 0;
+    for (const Product& product : products) tasks += divide_up(product.weight->rows, step);
+    pool_.parallel_for(tasks, [&](int task, int) {
+      const Product* product = products.data();
+      int before = 0, here;
+      while (task - before >= (here = divide_up(product->weight->rows, step))) {
+        before += here;
+        ++product;
+      }
+      const int begin = (task - before) * step;
+      const int end = std::min(begin + step, product->weight->rows);
+      multiply({product->weight, begin, end, n, nullptr, nullptr, product->out,
+                product->weight->rows, product->add},
+               x);
+    });
+  }
+
+  void causal_conv(int n, const ConvCall& call) override {
+    if (call.kernel > kMaxConvKernel) {
+      throw std::invalid_argument("convolution kernel of " + std::to_string(call.kernel) +
+                                  " taps; at most " + std::to_string(kMaxConvKernel));
+    }
+    const int step = std::max(64, round_up(kSmall / n, 16));
+    pool_.parallel_for(divide_up(call.channels, step), [&](int task, int) {
+      kernels_.causal_conv(n, call, task * step, std::min((task + 1) * step, call.channels));
+    });
+  }
+
+  void gated_delta(int n, const DeltaCall& call) override {
+    const size_t floats = delta_scratch(call);
+    pool_.parallel_for(call.value_heads, [&](int head, int thread) {
+      kernels_.gated_delta(n, call, head, per_thread_[thread].get<float>(floats));
+    });
+  }
+
+  void attention(int n, const AttentionCall& call) override;
+  void route(int n, int experts, int top_k, bool renormalise, const float* logits, int32_t* ids,
+             float* weights) override;
+  void experts(int n, const float* x, std::span<const ExpertCall> calls) override;
+
+  void combine(int n, const CombineCall& call) override {
+    for_each(n, call.hidden, [&](int t) { kernels_.combine(call, t, 0, call.hidden); });
+  }
+
+ private:
+  // body(t) for t in [0, n), each about `width` floats of work, several to a task.
+  template <class Body>
+  void for_each(int n, int width, const Body& body) {
+    const int step = std::max(1, kSmall / std::max(1, width));
+    pool_.parallel_for(divide_up(n, step), [&](int task, int) {
+      for (int t = task * step; t < std::min(n, (task + 1) * step); ++t) body(t);
+    });
+  }
+
+  // Rows of a task when `rows` rows of `cols` columns are multiplied with n tokens.
+  int task_rows(int64_t rows, int cols, int n) const {
+    if (pool_.threads() == 1) return static_cast<int>(std::min<int64_t>(rows, INT32_MAX / 2));
+    const int64_t even = divide_up(rows, int64_t{kTasksPerThread} * pool_.threads());
+    const int64_t least = kMinCells / (int64_t{cols} * n) + 1;
+    return round_up(std::max(even, least), kRowUnit);
+  }
+
+  void multiply(const Rows& rows, const float* x) const {
+    if (int8_ && rows.weight->bits) {
+      kernels_.matmul_int8(rows, inputs_.get(*rows.weight));
+    } else {
+      kernels_.matmul_float(rows, x);
+    }
+  }
+
+  const Kernels& kernels_;
+  const bool int8_;
+  ThreadPool pool_;
+  Int8Inputs inputs_;
+  std::vector<Scratch> per_thread_;
+  Scratch queries_, partials_, activations_;
+  std::vector<Int8Input> down_inputs_;
+  std::vector<size_t> offsets_;
+  Scratch down_memory_;
+};
+
+void CpuBackend::attention(int n, const AttentionCall& call) {
+  const int width = padded(call.head_dim), group = call.heads / call.kv_heads;
+  float* q = queries_.get<float>(static_cast<size_t>(n) * call.heads * width);
+  for_each(n, (call.heads + call.kv_heads) * width, [&](int t) {
+    std::vector<float> scratch(2 * static_cast<size_t>(width));
+    kernels_.attention_append(call, t, q, scratch.data());
+  });
+
+  constexpr int kQueries = 64;  // of a task: its scores are 64 KiB
+  const int tokens = std::max(1, kQueries / group);
+  const int token_blocks = divide_up(n, tokens);
+  const int key_blocks = divide_up(call.position + n, kKeyBlock);
+  const int units = call.kv_heads * token_blocks;
+  const size_t queries = static_cast<size_t>(std::min(tokens, n)) * group;
+  const size_t partial_floats = queries * (2 + static_cast<size_t>(width));
+
+  const auto partial_at = [&](float* memory) {
+    return AttentionPartial{memory, memory + queries, memory + 2 * queries};
+  };
+  const auto unit_block = [&](int unit) {
+    const int first = unit / call.kv_heads * tokens;
+    return AttentionBlock{unit % call.kv_heads, first, std::min(first + tokens, n), 0, 0};
+  };
+  // Narrows `block` to the key block; says whether any of its tokens sees it.
+  const auto select_keys = [&](AttentionBlock& block, int key_block) {
+    block.begin = int64_t{key_block} * kKeyBlock;
+    block.end = std::min(block.begin + kKeyBlock, call.position + block.last);
+    return block.begin < block.end;
+  };
+  const auto merge = [&](const AttentionBlock& block, const AttentionPartial& into,
+                         const AttentionPartial& from) {
+    kernels_.attention_merge((block.last - block.first) * group, call.head_dim, into, from);
+  };
+
+  if (units >= kTasksPerThread * pool_.threads() || pool_.threads() == 1 || key_blocks == 1) {
+    pool_.parallel_for(units, [&](int unit, int thread) {
+      AttentionBlock block = unit_block(unit);
+      float* memory =
+          per_thread_[thread].get<float>(2 * partial_floats + attention_scratch(call, block));
+      const AttentionPartial total = partial_at(memory), part = partial_at(memory + partial_floats);
+      for (int key_block = 0; key_block < key_blocks && select_keys(block, key_block);
+           ++key_block) {
+        const AttentionPartial& out = key_block == 0 ? total : part;
+        kernels_.attention_block(call, block, q, out, memory + 2 * partial_floats);
+        if (key_block > 0) merge(block, total, part);
+      }
+      kernels_.attention_finish(call, block, total);
+    });
+    return;
+  }
+
+  float* partials = partials_.get<float>(partial_floats * units * key_blocks);
+  const auto partial_of = [&](int unit, int key_block) {
+    return partial_at(partials +
+                      partial_floats * (static_cast<size_t>(unit) * key_blocks + key_block));
+  };
+  pool_.parallel_for(units * key_blocks, [&](int task, int thread) {
+    const int unit = task / key_blocks, key_block = task % key_blocks;
+    AttentionBlock block = unit_block(unit);
+    if (!select_keys(block, key_block)) return;
+    kernels_.attention_block(call, block, q, partial_of(unit, key_block),
+                             per_thread_[thread].get<float>(attention_scratch(call, block)));
+  });
+  pool_.parallel_for(units, [&](int unit, int) {
+    AttentionBlock block = unit_block(unit);
+    const AttentionPartial total = partial_of(unit, 0);
+    for (int key_block = 1; key_block < key_blocks && select_keys(block, key_block); ++key_block) {
+      merge(block, total, partial_of(unit, key_block));
+    }
+    kernels_.attention_finish(call, block, total);
+  });
+}
+
+void CpuBackend::route(int n, int experts, int top_k, bool renormalise, const float* logits,
+                       int32_t* ids, float* weights) {
+  for_each(n, experts, [&](int t) {
+    const float* logit = logits + int64_t{t} * experts;
+    int32_t* chosen = ids + int64_t{t} * top_k;
+    float* weight = weights + int64_t{t} * top_k;
+    int found = 0;  // chosen[0 .. found) holds the largest so far, in falling order
+    for (int32_t e = 0; e < experts; ++e) {
+      if (found == top_k && !(logit[e] > logit[chosen[top_k - 1]])) continue;
+      int at = found < top_k ? found++ : top_k - 1;
+      for (; at > 0 && logit[e] > logit[chosen[at - 1]]; --at) chosen[at] = chosen[at - 1];
+      chosen[at] = e;
+    }
+    // The softmax's own sum cancels where the weights are divided by theirs.
+    const float top = logit[chosen[0]];
+    float total = 0;
+    for (int j = 0; j < top_k; ++j) total += weight[j] = std::exp(logit[chosen[j]] - top);
+    if (!renormalise) {
+      total = 0;
+      for (int e = 0; e < experts; ++e) total += std::exp(logit[e] - top);
+    }
+    for (int j = 0; j < top_k; ++j) weight[j] /= total;
+  });
+}
+
+void CpuBackend::experts(int n, const float* x, std::span<const ExpertCall> calls) {
+  // Rows of gate and up of a task: whole groups of the input of down, which the task quantises.
+  constexpr int kUnit = 128;
+  if (calls.empty()) return;
+  const int cols = calls[0].gate.cols;
+  const auto quantised = [&](const Matrix& weight) { return int8_ && weight.bits != 0; };
+
+  if (int8_) {
+    inputs_.begin(n, cols);
+    for (const ExpertCall& call : calls) {
+      inputs_.want(call.gate);
+      inputs_.want(call.up);
+      inputs_.need(call.tokens);
+    }
+    const std::span<const int32_t> needed = inputs_.needed();
+    for_each(static_cast<int>(needed.size()), cols,
+             [&](int i) { inputs_.quantise(x + int64_t{needed[i]} * cols, needed[i]); });
+  }
+
+  // Every call's silu(gate x) * up x, [tokens, intermediate], and up x beside it.
+  offsets_.clear();
+  down_inputs_.clear();
+  size_t floats = 0, bytes = 0;
+  int first_tasks = 0, second_rows = 0;
+  int64_t cells = 0;
+  for (const ExpertCall& call : calls) {
+    offsets_.push_back(floats);
+    floats += call.tokens.size() * static_cast<size_t>(padded(call.gate.rows));
+    first_tasks += divide_up(call.gate.rows, kUnit);
+    second_rows = std::max(second_rows, call.down.rows);
+    cells += int64_t{call.down.cols} * static_cast<int64_t>(call.tokens.size());
+    if (quantised(call.down)) bytes += int8_bytes(call.down, static_cast<int>(call.tokens.size()));
+  }
+  float* gates = activations_.get<float>(2 * floats);
+  float* ups = gates + floats;
+  std::byte* memory = down_memory_.get<std::byte>(bytes);
+  for (const ExpertCall& call : calls) {
+    const int tokens = static_cast<int>(call.tokens.size());
+    down_inputs_.push_back({});
+    if (!quantised(call.down)) continue;
+    down_inputs_.back() = make_int8_input(call.down, tokens, memory);
+    memory += int8_bytes(call.down, tokens);
+  }
+
+  pool_.parallel_for(first_tasks, [&](int task, int) {
+    size_t index = 0;
+    for (int here; task >= (here = divide_up(calls[index].gate.rows, kUnit)); task -= here) ++index;
+    const ExpertCall& call = calls[index];
+    const int tokens = static_cast<int>(call.tokens.size()), width = call.gate.rows;
+    const int begin = task * kUnit, end = std::min(begin + kUnit, width);
+    float* gate = gates + offsets_[index];
+    float* up = ups + offsets_[index];
+    multiply({&call.gate, begin, end, tokens, call.tokens.data(), nullptr, gate, width, false}, x);
+    multiply({&call.up, begin, end, tokens, call.tokens.data(), nullptr, up, width, false}, x);
+    for (int t = 0; t < tokens; ++t) {
+      const int64_t row = int64_t{t} * width;
+      kernels_.swiglu(end - begin, gate + row + begin, up + row + begin);
+      if (quantised(call.down)) {
+        const int group = call.down.group;
+        kernels_.quantise(gate + row, t, begin / group, end / group, down_inputs_[index]);
+      }
+    }
+  });
+
+  const int64_t average = std::max<int64_t>(1, cells / static_cast<int64_t>(calls.size()));
+  const int step = task_rows(int64_t{second_rows} * static_cast<int64_t>(calls.size()),
+                             static_cast<int>(std::min<int64_t>(average, INT32_MAX)), 1);
+  const int per_call = divide_up(second_rows, step);
+  pool_.parallel_for(per_call * static_cast<int>(calls.size()), [&](int task, int) {
+    const size_t index = static_cast<size_t>(task / per_call);
+    const ExpertCall& call = calls[index];
+    const int begin = task % per_call * step, end = std::min(begin + step, call.down.rows);
+    const Rows rows = {&call.down, begin,
+                       end,        static_cast<int>(call.tokens.size()),
+                       nullptr,    call.out_rows.data(),
+                       call.out,   call.down.rows,
+                       false};
+    if (quantised(call.down)) {
+      kernels_.matmul_int8(rows, down_inputs_[index]);
+    } else {
+      kernels_.matmul_float(rows, gates + offsets_[index]);
+    }
+  });
+}
+
+}  // namespace
+
+std::unique_ptr<Backend> make_cpu_backend(Precision precision, int threads) {
+  if (threads < 1) {
+    throw std::invalid_argument("threads must be at least 1, not " + std::to_string(threads));
+  }
+  return std::make_unique<CpuBackend>(precision, threads);
+}
+
+}  // namespace flashmoe

@@ -1,0 +1,78 @@
+#include "backend/cpu/int8_inputs.h"
+
+#include <cstring>
+
+namespace flashmoe {
+namespace {
+
+size_t round_up(size_t value, size_t unit) {
+  return (value + unit - 1) / unit * unit;
+}
+
+}  // namespace
+
+size_t int8_bytes(const Matrix& weight, int n) {
+  const size_t row = round_up(static_cast<size_t>(weight.cols) * weight.bits / 8, 64);
+  const size_t groups = round_up(static_cast<size_t>(weight.cols / weight.group), 16);
+  return static_cast<size_t>(n) * (row * 8 / weight.bits + 2 * sizeof(float) * groups);
+}
+
+Int8Input make_int8_input(const Matrix& weight, int n, std::byte* memory) {
+  Int8Input input;
+  input.bits = weight.bits;
+  input.group = weight.group;
+  input.groups = weight.cols / weight.group;
+  const size_t planes = 8 / static_cast<size_t>(weight.bits);
+  const size_t row = static_cast<size_t>(weight.cols) / planes;
+  input.stride = static_cast<ptrdiff_t>(round_up(row, 64) * planes);
+  input.group_stride = static_cast<int>(round_up(static_cast<size_t>(input.groups), 16));
+  const size_t scales = static_cast<size_t>(n) * static_cast<size_t>(input.group_stride);
+  input.scales = reinterpret_cast<float*>(memory);
+  input.sums = input.scales + scales;
+  input.values = reinterpret_cast<int8_t*>(input.sums + scales);
+  for (int t = 0; t < n; ++t) {
+    const ptrdiff_t at = ptrdiff_t{t} * input.group_stride + input.groups;
+    const size_t padding = static_cast<size_t>(input.group_stride - input.groups) * sizeof(float);
+    std::memset(input.scales + at, 0, padding);
+    std::memset(input.sums + at, 0, padding);
+    if (row % 64 != 0) {
+      std::memset(input.values + (t + 1) * input.stride - 64 * planes, 0, 64 * planes);
+    }
+  }
+  return input;
+}
+
+void Int8Inputs::begin(int n, int cols) {
+  n_ = n;
+  cols_ = cols;
+  for (Format& format : formats_) format.wanted = false;
+  for (const int32_t token : needed_) is_needed_[static_cast<size_t>(token)] = false;
+  needed_.clear();
+  if (is_needed_.size() < static_cast<size_t>(n)) is_needed_.resize(static_cast<size_t>(n));
+}
+
+void Int8Inputs::want(const Matrix& weight) {
+  if (weight.bits == 0) return;
+  Format& format = formats_[index(weight)];
+  if (format.wanted) return;
+  format.wanted = true;
+  std::byte* memory = format.memory.get<std::byte>(int8_bytes(weight, n_));
+  format.input = make_int8_input(weight, n_, memory);
+}
+
+void Int8Inputs::need(std::span<const int32_t> tokens) {
+  for (const int32_t token : tokens) {
+    if (is_needed_[static_cast<size_t>(token)]) continue;
+    is_needed_[static_cast<size_t>(token)] = true;
+    needed_.push_back(token);
+  }
+}
+
+void Int8Inputs::quantise(const float* row, int token) {
+  for (const Format& format : formats_) {
+    if (!format.wanted) continue;
+    kernels_.quantise(row, token, 0, format.input.groups, format.input);
+  }
+}
+
+}  // namespace flashmoe

@@ -1,0 +1,118 @@
+// One vector of the instruction set that the including file is compiled for, with the few
+// operations that GCC's and Clang's vector types lack.
+
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+
+#define FLASHMOE_INLINE [[gnu::always_inline]] inline
+
+FLASHMOE_INLINE Floats splat(float value) {
+  return Floats{} + value;
+}
+
+FLASHMOE_INLINE Floats load(const float* from) {
+  Floats value;
+  __builtin_memcpy(&value, from, sizeof value);
+  return value;
+}
+
+FLASHMOE_INLINE void store(float* to, Floats value) {
+  __builtin_memcpy(to, &value, sizeof value);
+}
+
+// The first `count` lanes, the others zero; count may be any number.
+FLASHMOE_INLINE Floats load(const float* from, int count) {
+  if (count >= kLanes) return load(from);
+  float lanes[kLanes] = {};
+  for (int i = 0; i < count; ++i) lanes[i] = from[i];
+  return load(lanes);
+}
+
+FLASHMOE_INLINE void store(float* to, Floats value, int count) {
+  if (count >= kLanes) return store(to, value);
+  float lanes[kLanes];
+  store(lanes, value);
+  for (int i = 0; i < count; ++i) to[i] = lanes[i];
+}
+
+FLASHMOE_INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Floats>(_mm512_fmadd_ps(a, b, c));
+#elif defined(__FMA__)
+  return reinterpret_cast<Floats>(_mm256_fmadd_ps(a, b, c));
+#elif defined(__aarch64__)
+  return vfmaq_f32(c, a, b);
+#else
+  return a * b + c;
+#endif
+}
+
+FLASHMOE_INLINE Floats maximum(Floats a, Floats b) {
+  return a > b ? a : b;
+}
+
+#if defined(__AVX512F__)
+#define FLASHMOE_FOLD(value, combine)                                                            \
+  Floats folded = value;                                                                         \
+  folded = combine(folded, __builtin_shufflevector(folded, folded, 8, 9, 10, 11, 12, 13, 14, 15, \
+                                                   0, 1, 2, 3, 4, 5, 6, 7));                     \
+  folded = combine(folded, __builtin_shufflevector(folded, folded, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, \
+                                                   6, 7, 0, 1, 2, 3));                           \
+  folded = combine(folded, __builtin_shufflevector(folded, folded, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, \
+                                                   0, 1, 2, 3, 0, 1));                           \
+  folded = combine(folded, __builtin_shufflevector(folded, folded, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, \
+                                                   1, 0, 1, 0, 1, 0));
+#elif defined(__AVX2__)
+#define FLASHMOE_FOLD(value, combine)                                                        \
+  Floats folded = value;                                                                     \
+  folded = combine(folded, __builtin_shufflevector(folded, folded, 4, 5, 6, 7, 0, 1, 2, 3)); \
+  folded = combine(folded, __builtin_shufflevector(folded, folded, 2, 3, 0, 1, 2, 3, 0, 1)); \
+  folded = combine(folded, __builtin_shufflevector(folded, folded, 1, 0, 1, 0, 1, 0, 1, 0));
+#else
+#define FLASHMOE_FOLD(value, combine)                                            \
+  Floats folded = value;                                                         \
+  folded = combine(folded, __builtin_shufflevector(folded, folded, 2, 3, 0, 1)); \
+  folded = combine(folded, __builtin_shufflevector(folded, folded, 1, 0, 1, 0));
+#endif
+
+FLASHMOE_INLINE Floats plus(Floats a, Floats b) {
+  return a + b;
+}
+
+FLASHMOE_INLINE float sum(Floats value) {
+  FLASHMOE_FOLD(value, plus)
+  return folded[0];
+}
+
+FLASHMOE_INLINE float largest(Floats value) {
+  FLASHMOE_FOLD(value, maximum)
+  return folded[0];
+}
+
+// e^x to about 2 ulp; 0 below -87.3, e^88 above 88, NaN for NaN. Reduced to |r| <= ln 2 / 2 by
+// Cody and Waite's two-part ln 2, then the polynomial of Cephes' expf.
+FLASHMOE_INLINE Floats exponential(Floats x) {
+  const Floats clamped = x > 88.0f ? splat(88.0f) : (x < -87.3f ? splat(-87.3f) : x);
+  const float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  const Floats shifted = clamped * 1.44269504088896341f + kRound;
+  const Floats n = shifted - kRound;
+  Floats r = multiply_add(n, splat(-0.693359375f), clamped);
+  r = multiply_add(n, splat(2.12194440e-4f), r);
+  Floats p = splat(1.9875691500e-4f);
+  p = multiply_add(p, r, splat(1.3981999507e-3f));
+  p = multiply_add(p, r, splat(8.3334519073e-3f));
+  p = multiply_add(p, r, splat(4.1665795894e-2f));
+  p = multiply_add(p, r, splat(1.6666665459e-1f));
+  p = multiply_add(p, r, splat(5.0000001201e-1f));
+  p = multiply_add(p, r * r, r) + 1.0f;
+  const Ints exponent = (reinterpret_cast<Ints>(shifted) << 23) + (127 << 23);
+  const Floats result = p * reinterpret_cast<Floats>(exponent);
+  return x < -87.3f ? Floats{} : result;
+}
+
+FLASHMOE_INLINE Floats sigmoid(Floats x) {
+  return 1.0f / (1.0f + exponential(-x));
+}
+FLASHMOE_INLINE Floats silu(Floats x) {
+  return x * sigmoid(x);
+}

@@ -1,0 +1,20 @@
+// Everything that is compiled once for each instruction set; the including file names kLanes, kName
+// and the file with the integer dot products.
+
+#include "backend/cpu/simd.inl"
+
+#include "backend/cpu/elementwise.inl"
+
+#include "backend/cpu/attention.inl"
+#include "backend/cpu/delta.inl"
+#include "backend/cpu/dense.inl"
+
+#include FLASHMOE_INT8_DOTS
+
+#include "backend/cpu/int8.inl"
+
+constexpr Kernels kTable = {
+    kName,           expand_row,      rms_norm,         quantise,    matmul_float,
+    matmul_int8,     swiglu,          causal_conv,      gated_delta, attention_append,
+    attention_block, attention_merge, attention_finish, combine,
+};

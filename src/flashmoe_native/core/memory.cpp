@@ -1,0 +1,60 @@
+#include "core/memory.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <new>
+
+namespace flashmoe {
+namespace {
+
+constexpr size_t kHugePage = size_t{2} << 20;
+
+// What release() must unmap; it lies at the end of the page before the memory handed out.
+struct Mapping {
+  void* base;
+  size_t length;
+};
+
+size_t round_up(size_t value, size_t unit) {
+  return (value + unit - 1) / unit * unit;
+}
+
+void release(std::byte* data) {
+  const Mapping mapping = reinterpret_cast<Mapping*>(data)[-1];
+  ::munmap(mapping.base, mapping.length);
+}
+
+}  // namespace
+
+Buffer allocate_pages(size_t bytes) {
+  const size_t page = static_cast<size_t>(::sysconf(_SC_PAGESIZE));
+  const size_t alignment = bytes >= kHugePage ? kHugePage : page;
+  if (bytes > SIZE_MAX / 2) throw std::bad_alloc();
+  const size_t length = round_up(bytes, page) + page + (alignment - page);
+  void* base = ::mmap(nullptr, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (base == MAP_FAILED) throw std::bad_alloc();
+  auto* data =
+      reinterpret_cast<std::byte*>(round_up(reinterpret_cast<uintptr_t>(base) + page, alignment));
+#ifdef MADV_HUGEPAGE
+  // Only whole huge pages: a tail rounded up would cost memory. Refusal is no error.
+  if (bytes >= kHugePage) ::madvise(data, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);
+#endif
+  reinterpret_cast<Mapping*>(data)[-1] = {base, length};
+  return Buffer(data, release);
+}
+
+void* Scratch::reserve(size_t bytes) {
+  if (bytes > capacity_) {
+    const size_t grown = std::max(bytes, capacity_ + capacity_ / 2);
+    buffer_.reset();
+    capacity_ = 0;
+    buffer_ = allocate_pages(grown);
+    capacity_ = grown;
+  }
+  return buffer_.get();
+}
+
+}  // namespace flashmoe

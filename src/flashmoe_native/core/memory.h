@@ -1,0 +1,31 @@
+// Large aligned memory straight from the operating system.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+
+namespace flashmoe {
+
+using Buffer = std::unique_ptr<std::byte[], void (*)(std::byte*)>;
+
+// `bytes` zeroed bytes, page-aligned; from 2 MiB on 2 MiB-aligned, and on huge pages where the
+// system gives them. No page is touched before its first use. Throws std::bad_alloc.
+Buffer allocate_pages(size_t bytes);
+
+// Memory that grows and is reused; its contents are lost when it grows. Aligned to 64 bytes or
+// more.
+class Scratch {
+ public:
+  template <class T>
+  T* get(size_t count) {
+    return static_cast<T*>(reserve(count * sizeof(T)));
+  }
+
+ private:
+  void* reserve(size_t bytes);
+
+  Buffer buffer_{nullptr, nullptr};
+  size_t capacity_ = 0;
+};
+
+}  // namespace flashmoe

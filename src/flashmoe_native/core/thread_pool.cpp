@@ -1,0 +1,122 @@
+#include "core/thread_pool.h"
+
+#include <chrono>
+
+namespace flashmoe {
+namespace {
+
+constexpr uint64_t kOpen = uint64_t{1} << 31;
+constexpr uint64_t kInside = kOpen - 1;
+constexpr uint64_t kLoop = uint64_t{1} << 32;
+
+// Between two operations of a decode step a worker waits a few microseconds; before it sleeps it
+// spins for longer than that, and for much less than a read from disk takes.
+constexpr auto kSpin = std::chrono::microseconds(50);
+constexpr int kPausesPerClock = 64;
+
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Spins until `ready` or the spin time is over; says which.
+template <class Ready>
+bool spin(Ready ready) {
+  const auto end = std::chrono::steady_clock::now() + kSpin;
+  do {
+    for (int i = 0; i < kPausesPerClock; ++i) {
+      if (ready()) return true;
+      pause();
+    }
+  } while (std::chrono::steady_clock::now() < end);
+  return false;
+}
+
+}  // namespace
+
+ThreadPool::ThreadPool(int threads) {
+  try {
+    for (int thread = 1; thread < threads; ++thread) {
+      workers_.emplace_back([this, thread] { work(thread); });
+    }
+  } catch (...) {
+    stop_ = true;
+    {
+      std::lock_guard lock(sleep_mutex_);
+      wake_.notify_all();
+    }
+    for (std::thread& worker : workers_) worker.join();
+    throw;
+  }
+}
+
+ThreadPool::~ThreadPool() {
+  stop_ = true;
+  {
+    std::lock_guard lock(sleep_mutex_);
+    wake_.notify_all();
+  }
+  for (std::thread& worker : workers_) worker.join();
+}
+
+void ThreadPool::run(int tasks, void* context, Call call) {
+  context_ = context;
+  call_ = call;
+  tasks_ = tasks;
+  next_.store(0, std::memory_order_relaxed);
+  state_.fetch_add(kLoop | kOpen);  // publishes the loop
+  if (sleepers_.load() > 0) {
+    std::lock_guard lock(sleep_mutex_);
+    wake_.notify_all();
+  }
+  take_tasks(0);
+  state_.fetch_and(~kOpen);
+  const auto all_left = [this] { return (state_.load() & kInside) == 0; };
+  while (!spin(all_left)) std::this_thread::yield();
+  if (failure_) {
+    std::exception_ptr failure = std::move(failure_);
+    failure_ = nullptr;
+    std::rethrow_exception(failure);
+  }
+}
+
+void ThreadPool::work(int thread) {
+  uint64_t seen = 0;  // the last loop that this worker has been in or has missed
+  while (!stop_) {
+    uint64_t state = 0;
+    const auto has_news = [&] {
+      state = state_.load();
+      return stop_.load() || (state / kLoop != seen && (state & kOpen));
+    };
+    if (!spin(has_news)) {
+      std::unique_lock lock(sleep_mutex_);
+      ++sleepers_;
+      wake_.wait(lock, has_news);
+      --sleepers_;
+    }
+    if (stop_) return;
+    if (!state_.compare_exchange_strong(state, state + 1)) continue;
+    seen = state / kLoop;
+    take_tasks(thread);
+    state_.fetch_sub(1);
+  }
+}
+
+void ThreadPool::take_tasks(int thread) {
+  for (;;) {
+    const int task = next_.fetch_add(1, std::memory_order_relaxed);
+    if (task >= tasks_) return;
+    try {
+      call_(context_, task, thread);
+    } catch (...) {
+      std::lock_guard lock(failure_mutex_);
+      if (!failure_) failure_ = std::current_exception();
+      next_.store(tasks_, std::memory_order_relaxed);
+    }
+  }
+}
+
+}  // namespace flashmoe

@@ -1,0 +1,68 @@
+// Threads that share a loop. One caller at a time; the caller takes part.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <exception>
+#include <mutex>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+namespace flashmoe {
+
+class ThreadPool {
+ public:
+  // `threads` counts the caller: 1 starts none and runs every loop in place.
+  explicit ThreadPool(int threads);
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  int threads() const { return static_cast<int>(workers_.size()) + 1; }
+
+  // Calls body(task, thread) once for each task in [0, tasks), 0 <= thread < threads(), tasks
+  // handed out in order. Returns when all are done. The first exception that a task throws is
+  // rethrown; the tasks not yet begun are then left out.
+  template <class Body>
+  void parallel_for(int tasks, Body&& body) {
+    if (tasks <= 1 || workers_.empty()) {
+      for (int task = 0; task < tasks; ++task) body(task, 0);
+      return;
+    }
+    using Function = std::remove_reference_t<Body>;
+    run(tasks, const_cast<void*>(static_cast<const void*>(&body)),
+        [](void* context, int task, int thread) {
+          (*static_cast<Function*>(context))(task, thread);
+        });
+  }
+
+ private:
+  using Call = void (*)(void* context, int task, int thread);
+
+  void run(int tasks, void* context, Call call);
+  void work(int thread);
+  void take_tasks(int thread);
+
+  std::vector<std::thread> workers_;
+
+  // The loop in progress. Written by the caller while no worker is inside (see state_).
+  void* context_ = nullptr;
+  Call call_ = nullptr;
+  int tasks_ = 0;
+  alignas(64) std::atomic<int> next_{0};
+  std::mutex failure_mutex_;
+  std::exception_ptr failure_;
+
+  // Low 31 bits: workers inside the loop. Bit 31: the loop is open, a worker may enter. High 32
+  // bits: the number of loops so far. A worker that wakes late finds the loop closed, and the
+  // caller need not wait for it.
+  alignas(64) std::atomic<uint64_t> state_{0};
+  std::atomic<int> sleepers_{0};
+  std::atomic<bool> stop_{false};
+  std::mutex sleep_mutex_;
+  std::condition_variable wake_;
+};
+
+}  // namespace flashmoe
