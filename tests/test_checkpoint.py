@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import VARIANTS, reference
+
 from flashmoe.checkpoint import Checkpoint
 from flashmoe.errors import CheckpointError
 from flashmoe.stored import Extents, Format
@@ -154,9 +155,7 @@ def test_mlx_weights_are_those_of_mlx_lm(checkpoint: Get, name: str) -> None:
             first += format.parts
 
 
-def by_key_head(
-    expected: Callable[[str], np.ndarray], path: str, stored: Checkpoint
-) -> np.ndarray:
+def by_key_head(expected: Callable[[str], np.ndarray], path: str, stored: Checkpoint) -> np.ndarray:
     """A de-interleaved projection of Qwen3-Next, by the arithmetic of mlx-lm's qwen3_next."""
     config = stored.config
     base, _, wanted = path.rpartition("in_proj_")

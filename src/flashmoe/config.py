@@ -237,16 +237,21 @@ def _layer_types(text: _Section, layers: int) -> tuple[str, ...]:
 
 def _rope(text: _Section) -> tuple[float, float]:
     """(theta, partial_rotary_factor), from rope_parameters or from the keys it replaced."""
-    values = dict(text.values)
+    sections = [text]
     for key in ("rope_scaling", "rope_parameters"):
         if section := text.section(key):
-            kind = section.values.get("rope_type", section.values.get("type", "default"))
-            if kind != "default":
-                raise section.error("rope_type", kind, "default: RoPE scaling is not supported")
-            values.update(section.values)
-    merged = _Section(text.path, text.name, values)
-    theta = merged.number("rope_theta", 1.0, 1e15, 10000.0)
-    return theta, merged.number("partial_rotary_factor", 0.0, 1.0, 0.25)
+            name = "rope_type" if "rope_type" in section.values else "type"
+            if (kind := section.values.get(name, "default")) != "default":
+                raise section.error(name, kind, "default: RoPE scaling is not supported")
+            sections.insert(0, section)
+
+    def holder(key: str) -> _Section:
+        return next((section for section in sections if key in section.values), text)
+
+    return (
+        holder("rope_theta").number("rope_theta", 1.0, 1e15, 10000.0),
+        holder("partial_rotary_factor").number("partial_rotary_factor", 0.0, 1.0, 0.25),
+    )
 
 
 def _eos_token_ids(directory: Path, top: _Section, text: _Section, vocab: int) -> tuple[int, ...]:

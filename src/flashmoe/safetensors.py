@@ -9,6 +9,7 @@ import json
 import math
 import struct
 from collections.abc import Iterable, Mapping
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +45,9 @@ ITEM_BITS = {
 }
 
 
+_ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
+
+
 class Tensor(NamedTuple):
     """One tensor, row-major; offset and nbytes are in bytes, offset from the start of the file."""
 
@@ -63,7 +67,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
             and the tensor where there is one.
     """
     entries, _, start, size = _read_entries(path)
-    tensors = [_parse_entry(path, name, entry, start) for name, entry in entries.items()]
+    tensors = _parse_entries(path, entries, start)
     _check_cover(path, tensors, start, size)
     return {tensor.name: tensor for tensor in tensors}
 
@@ -105,13 +109,39 @@ def _read_entries(path: Path) -> tuple[dict[str, Any], dict[str, str], int, int]
     return entries, metadata, 8 + length, size
 
 
-def _parse_entry(path: Path, name: str, entry: Any, start: int) -> Tensor:
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(
-            f"{path}: tensor {name}: expected an object of dtype, shape and data_offsets,"
-            f" found {_short(entry)}"
-        )
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+def _parse_entries(path: Path, entries: dict[str, Any], start: int) -> list[Tensor]:
+    tensors = []
+    # A pack of the 397B has 300,000 tensors of a dozen kinds. Keyed by text, since to Python
+    # 1 == 1.0 == True, and only the first is a count.
+    kinds: dict[str, tuple[int, tuple[int, ...]]] = {}
+    for name, entry in entries.items():
+        if not isinstance(entry, dict) or entry.keys() != _ENTRY_KEYS:
+            raise CheckpointError(
+                f"{path}: tensor {name}: expected an object of dtype, shape and data_offsets,"
+                f" found {_short(entry)}"
+            )
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        kind = f"{dtype} {shape}"
+        if kind not in kinds:
+            kinds[kind] = _parse_kind(path, name, dtype, shape)
+        bits, sizes = kinds[kind]
+        if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+            raise CheckpointError(
+                f"{path}: tensor {name}: data_offsets is {_short(offsets)},"
+                " expected [begin, end] with 0 <= begin <= end"
+            )
+        begin, end = offsets
+        if bits != (end - begin) * 8:
+            raise CheckpointError(
+                f"{path}: tensor {name}: {dtype} {shape} takes {bits / 8:g} bytes,"
+                f" data_offsets {offsets} span {end - begin}"
+            )
+        tensors.append(Tensor(name, path, start + begin, end - begin, dtype, sizes))
+    return tensors
+
+
+def _parse_kind(path: Path, name: str, dtype: Any, shape: Any) -> tuple[int, tuple[int, ...]]:
+    """Size in bits, and shape."""
     bits = ITEM_BITS.get(dtype) if isinstance(dtype, str) else None
     if bits is None:
         raise CheckpointError(f"{path}: tensor {name}: unknown dtype {_short(dtype)}")
@@ -119,28 +149,17 @@ def _parse_entry(path: Path, name: str, entry: Any, start: int) -> Tensor:
         raise CheckpointError(
             f"{path}: tensor {name}: shape is {_short(shape)}, expected a list of integers >= 0"
         )
-    if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(
-            f"{path}: tensor {name}: data_offsets is {_short(offsets)},"
-            " expected [begin, end] with 0 <= begin <= end"
-        )
-    begin, end = offsets
-    if math.prod(shape) * bits != (end - begin) * 8:
-        raise CheckpointError(
-            f"{path}: tensor {name}: {dtype} {shape} takes {math.prod(shape) * bits / 8:g} bytes,"
-            f" data_offsets {offsets} span {end - begin}"
-        )
-    return Tensor(name, path, start + begin, end - begin, dtype, tuple(shape))
+    return math.prod(shape) * bits, tuple(shape)
 
 
 def _are_counts(value: Any) -> bool:
     # bool is an int to Python, but true is not a count.
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    return isinstance(value, list) and {*map(type, value)} <= {int} and min(value, default=0) >= 0
 
 
 def _check_cover(path: Path, tensors: list[Tensor], start: int, size: int) -> None:
     end, before = start, "the header"
-    for tensor in sorted(tensors, key=lambda t: (t.offset, t.nbytes)):
+    for tensor in sorted(tensors, key=itemgetter(2, 3)):
         if tensor.offset < end:
             raise CheckpointError(
                 f"{path}: tensor {tensor.name} begins at byte {tensor.offset}, inside {before},"

@@ -66,7 +66,7 @@ def _read_indexed(directory: Path, index: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{index}: weight_map is missing, empty or not an object")
     by_file: dict[str, set[str]] = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not _is_plain_name(file):
+        if not isinstance(file, str) or not (file in by_file or _is_plain_name(file)):
             raise CheckpointError(
                 f"{index}: tensor {name} is said to lie in {file!r}; expected the name of a"
                 " .safetensors file in the same directory"

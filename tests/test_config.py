@@ -1,0 +1,249 @@
+"""ModelConfig.load reads every way that configs are published, and refuses what it cannot run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flashmoe.config import ModelConfig
+from flashmoe.errors import CheckpointError
+
+# Qwen3.5-397B-A17B's, less what no text model reads.
+QWEN35_397B: dict[str, Any] = {
+    "architectures": ["Qwen3_5MoeForConditionalGeneration"],
+    "image_token_id": 248056,
+    "model_type": "qwen3_5_moe",
+    "text_config": {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "attn_output_gate": True,
+        "dtype": "bfloat16",
+        "eos_token_id": 248044,
+        "full_attention_interval": 4,
+        "head_dim": 256,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 15,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 64,
+        "linear_value_head_dim": 128,
+        "max_position_embeddings": 262144,
+        "mlp_only_layers": [],
+        "model_type": "qwen3_5_moe_text",
+        "moe_intermediate_size": 1024,
+        "mtp_num_hidden_layers": 1,
+        "num_attention_heads": 32,
+        "num_experts": 512,
+        "num_experts_per_tok": 10,
+        "num_hidden_layers": 60,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-06,
+        "shared_expert_intermediate_size": 1024,
+        "vocab_size": 248320,
+        "mamba_ssm_dtype": "float32",
+        "rope_parameters": {
+            "mrope_interleaved": True,
+            "mrope_section": [11, 11, 10],
+            "rope_type": "default",
+            "rope_theta": 10000000,
+            "partial_rotary_factor": 0.25,
+        },
+    },
+    "tie_word_embeddings": False,
+    "vision_config": {"depth": 27, "hidden_size": 1152},
+}
+TEXT = QWEN35_397B["text_config"]
+DELETE = object()
+
+
+def load(directory: Path, config: Any, generation: Any = None) -> ModelConfig:
+    (directory / "config.json").write_text(json.dumps(config))
+    if generation is not None:
+        (directory / "generation_config.json").write_text(json.dumps(generation))
+    return ModelConfig.load(directory)
+
+
+def with_changes(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = {**config, **changes}
+    return {key: value for key, value in merged.items() if value is not DELETE}
+
+
+def test_the_published_config_of_qwen35_397b(tmp_path: Path) -> None:
+    config = load(tmp_path, QWEN35_397B, {"eos_token_id": [248046, 248044]})
+    assert config.layer_types.count("full_attention") == 15
+    assert config.layer_types[:4] == ("linear_attention",) * 3 + ("full_attention",)
+    assert (config.head_dim, config.rotary_dim, config.rope_theta) == (256, 64, 1e7)
+    assert (config.num_experts, config.num_experts_per_tok) == (512, 10)
+    assert (config.key_width, config.value_width, config.conv_channels) == (2048, 8192, 12288)
+    assert config.eos_token_ids == (248046, 248044)
+    assert config.norm_topk_prob
+    assert not config.tie_word_embeddings
+    assert config.quantization is None
+
+
+def test_a_flat_config_is_the_same_as_a_nested_one(tmp_path: Path) -> None:
+    nested = load(tmp_path, QWEN35_397B)
+    flat = load(tmp_path, TEXT)
+    assert flat.model_type == "qwen3_5_moe_text"
+    assert {**vars(flat), "model_type": ""} == {**vars(nested), "model_type": ""}
+
+
+def test_qwen3_next_keeps_rope_at_top_level_and_an_interval_for_layer_types(
+    tmp_path: Path,
+) -> None:
+    changes = {
+        "model_type": "qwen3_next",
+        "rope_parameters": DELETE,
+        "layer_types": DELETE,
+        "rope_theta": 5000000,
+        "partial_rotary_factor": 0.5,
+        "rope_scaling": None,
+        "full_attention_interval": 3,
+        "norm_topk_prob": False,
+    }
+    config = load(tmp_path, with_changes(TEXT, changes))
+    assert (config.rope_theta, config.rotary_dim) == (5e6, 128)
+    assert config.layer_types[:3] == ("linear_attention",) * 2 + ("full_attention",)
+    assert len(config.layer_types) == 60
+    assert not config.norm_topk_prob
+
+
+def test_eos_comes_from_generation_config_then_top_level_then_text(tmp_path: Path) -> None:
+    assert load(tmp_path, QWEN35_397B).eos_token_ids == (248044,)
+    assert load(tmp_path, {**QWEN35_397B, "eos_token_id": [5, 6]}).eos_token_ids == (5, 6)
+    assert load(tmp_path, QWEN35_397B, {"temperature": 1}).eos_token_ids == (248044,)
+    assert load(tmp_path, QWEN35_397B, {"eos_token_id": 7}).eos_token_ids == (7,)
+
+
+def test_quantization_has_a_default_and_exceptions(tmp_path: Path) -> None:
+    quantization = {
+        "group_size": 64,
+        "bits": 4,
+        "mode": "affine",
+        "language_model.model.layers.0.mlp.gate": {"group_size": 32, "bits": 8},
+        "language_model.lm_head": False,
+        "language_model.model.embed_tokens": True,
+    }
+    # mlx-lm writes the same object under both names.
+    both = {"quantization": quantization, "quantization_config": quantization}
+    found = load(tmp_path, {**QWEN35_397B, **both}).quantization
+    assert found is not None
+    assert (found.bits, found.group) == (4, 64)
+    assert found.exceptions == {
+        "language_model.model.layers.0.mlp.gate": (8, 32),
+        "language_model.lm_head": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("hidden_size", -4096, "an integer from 1"),
+        ("hidden_size", 0, "an integer from 1"),
+        ("hidden_size", True, "an integer from 1"),
+        ("hidden_size", 4096.0, "an integer from 1"),
+        ("hidden_size", "4096", "an integer from 1"),
+        ("hidden_size", 10**40, "an integer from 1"),
+        ("hidden_size", DELETE, "is missing"),
+        ("num_hidden_layers", 10**9, "an integer from 1"),
+        ("num_experts", 0, "an integer from 1"),
+        ("num_experts_per_tok", 513, "from 1 to 512"),
+        ("num_attention_heads", 33, "a multiple of num_key_value_heads"),
+        ("linear_num_value_heads", 24, "a multiple of linear_num_key_heads"),
+        ("linear_conv_kernel_dim", 1, "from 2"),
+        ("layer_types", ["linear_attention"] * 59, "60 entries"),
+        ("layer_types", ["linear_attention", "sliding_attention"] * 30, "full_attention"),
+        ("layer_types", "linear_attention", "a list"),
+        ("layer_types", [["linear_attention"]] * 60, "a list"),
+        ("hidden_act", "gelu", "silu"),
+        ("attention_bias", True, "False"),
+        ("attn_output_gate", False, "True"),
+        ("mlp_only_layers", [0], "nothing else is supported"),
+        ("decoder_sparse_step", 2, "nothing else is supported"),
+        ("norm_topk_prob", False, "True"),
+        ("rms_norm_eps", 0, "a number above 0"),
+        ("rms_norm_eps", "1e-6", "a number above 0"),
+        ("rope_parameters", {"rope_type": "yarn", "factor": 4.0}, "RoPE scaling"),
+        ("rope_parameters", {"rope_theta": -1}, "a number above"),
+        ("rope_parameters", {"rope_theta": 1e4, "partial_rotary_factor": 0.013}, "an even number"),
+        ("rope_parameters", [], "an object"),
+        ("rope_scaling", {"type": "linear", "factor": 2}, "RoPE scaling"),
+        ("eos_token_id", 248320, "token ids below"),
+        ("eos_token_id", ["</s>"], "token ids below"),
+        ("tie_word_embeddings", 1, "true or false"),
+    ],
+)
+def test_absurd_and_unsupported_values_are_refused_by_name(
+    tmp_path: Path, key: str, value: Any, reason: str
+) -> None:
+    with pytest.raises(CheckpointError, match=reason) as error:
+        load(tmp_path, with_changes(TEXT, {key: value}))
+    message = str(error.value)
+    assert str(tmp_path / "config.json") in message
+    assert key in message or "partial_rotary_factor" in message
+    assert len(message) < 500
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("model_type", "llama", "qwen3_5_moe, qwen3_5_moe_text, qwen3_next"),
+        ("model_type", ["qwen3_5_moe"], "qwen3_5_moe, qwen3_5_moe_text, qwen3_next"),
+        ("model_type", DELETE, "qwen3_5_moe, qwen3_5_moe_text, qwen3_next"),
+        ("text_config", [], "an object"),
+        ("quantization", "4-bit", "an object"),
+        ("quantization", {"bits": 3, "group_size": 64}, "3 bits are not supported"),
+        ("quantization", {"bits": 6, "group_size": 64}, "6 bits are not supported"),
+        ("quantization", {"bits": 4, "group_size": 48}, "one of 32, 64, 128"),
+        ("quantization", {"bits": 4}, "group_size is missing"),
+        ("quantization", {"bits": 4, "group_size": 32, "mode": "mxfp4"}, "mxfp4.*affine"),
+        (
+            "quantization",
+            {"bits": 4, "group_size": 64, "lm_head": {"bits": 6, "group_size": 64}},
+            r"lm_head\.bits.*6 bits are not supported",
+        ),
+        ("quantization_config", {"quant_method": "fp8"}, "fp8.*bf16 or MLX 4-bit edition"),
+        ("quantization_config", {"quant_method": "gptq", "bits": 4}, "gptq"),
+    ],
+)
+def test_other_models_and_other_quantisations_are_refused_by_name(
+    tmp_path: Path, key: str, value: Any, reason: str
+) -> None:
+    with pytest.raises(CheckpointError, match=reason) as error:
+        load(tmp_path, with_changes(QWEN35_397B, {key: value}))
+    assert str(tmp_path / "config.json") in str(error.value)
+    assert key in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (b"", "not valid JSON"),
+        (b"{", "not valid JSON"),
+        (b"[1]", "expected an object"),
+        (b"\xff\xfe{}", "not UTF-8"),
+        (b'{"model_type": "qwen3_next", "model_type": "llama"}', "more than once"),
+        (b'{"hidden_size": NaN}', "NaN is not a JSON value"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"hidden_size": ' + b"9" * 5000 + b"}", "not valid JSON"),
+    ],
+)
+def test_a_config_that_is_not_json_is_refused(tmp_path: Path, text: bytes, reason: str) -> None:
+    (tmp_path / "config.json").write_bytes(text)
+    with pytest.raises(CheckpointError, match=reason) as error:
+        ModelConfig.load(tmp_path)
+    assert str(tmp_path / "config.json") in str(error.value)
+
+
+def test_a_missing_config_says_so(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json: no such file"):
+        ModelConfig.load(tmp_path)
+
+
+def test_a_damaged_generation_config_is_named(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: not valid JSON"):
+        load(tmp_path, QWEN35_397B)
