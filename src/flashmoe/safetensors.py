@@ -115,6 +115,8 @@ def _parse_entries(path: Path, entries: dict[str, Any], start: int) -> list[Tens
     # 1 == 1.0 == True, and only the first is a count.
     kinds: dict[str, tuple[int, tuple[int, ...]]] = {}
     for name, entry in entries.items():
+        if not is_tensor_name(name):
+            raise CheckpointError(f"{path}: a tensor cannot be called {_short(name)}")
         if not isinstance(entry, dict) or entry.keys() != _ENTRY_KEYS:
             raise CheckpointError(
                 f"{path}: tensor {name}: expected an object of dtype, shape and data_offsets,"
@@ -180,6 +182,11 @@ def _check_cover(path: Path, tensors: list[Tensor], start: int, size: int) -> No
         raise CheckpointError(
             f"{path}: {size - end} bytes after {before}, which ends at {end}, belong to no tensor"
         )
+
+
+def is_tensor_name(name: str) -> bool:
+    """Whether a name is fit to be shown to a person: not endless, no control characters."""
+    return 0 < len(name) <= 512 and name.isprintable()
 
 
 def _short(value: Any) -> str:

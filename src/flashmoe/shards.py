@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from flashmoe.errors import CheckpointError
-from flashmoe.safetensors import Tensor, read_header
+from flashmoe.safetensors import Tensor, is_tensor_name, read_header
 from flashmoe.strict_json import read_json
 
 SINGLE = "model.safetensors"
@@ -66,9 +66,11 @@ def _read_indexed(directory: Path, index: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{index}: weight_map is missing, empty or not an object")
     by_file: dict[str, set[str]] = {}
     for name, file in weight_map.items():
+        if not is_tensor_name(name):
+            raise CheckpointError(f"{index}: a tensor cannot be called {name[:40]!r}")
         if not isinstance(file, str) or not (file in by_file or _is_plain_name(file)):
             raise CheckpointError(
-                f"{index}: tensor {name} is said to lie in {file!r}; expected the name of a"
+                f"{index}: tensor {name} is said to lie in {file!r:.80}; expected the name of a"
                 " .safetensors file in the same directory"
             )
         names = by_file.setdefault(file, set())
