@@ -424,7 +424,7 @@ def convolutions_of_two_conventions(directory: Path) -> None:
 # The index and the files it names.
 
 
-@damage("sharded", SHARD, "no such file", "tensors")
+@damage("sharded", SHARD, "no such file", INDEX)
 def a_missing_shard(directory: Path) -> None:
     next(directory.glob(f"{SHARD}*")).unlink()
 

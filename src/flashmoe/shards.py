@@ -1,5 +1,6 @@
 """A directory of safetensors files as one table of tensors."""
 
+import re
 from pathlib import Path
 
 from flashmoe.errors import CheckpointError
@@ -20,6 +21,9 @@ _SKIPPED = (
     "vision_tower.",
     "padding.",
 )
+
+# Nothing that leaves the directory, and nothing that means more than itself to a glob.
+_FILE_NAME = re.compile(r"[\w.+@ -]{1,200}\.safetensors", re.ASCII)
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
@@ -60,7 +64,16 @@ def _wanted(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if not is_skipped(name)}
 
 
-def _read_indexed(directory: Path, index: Path) -> dict[str, Tensor]:
+def needed_files(directory: Path) -> list[str]:
+    """The files of the index that hold any of the text model's tensors, sorted.
+
+    Raises:
+        CheckpointError: the index is damaged, or names files outside `directory`.
+    """
+    return sorted(_names_by_file(directory / INDEX))
+
+
+def _names_by_file(index: Path) -> dict[str, set[str]]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: weight_map is missing, empty or not an object")
@@ -68,7 +81,7 @@ def _read_indexed(directory: Path, index: Path) -> dict[str, Tensor]:
     for name, file in weight_map.items():
         if not is_tensor_name(name):
             raise CheckpointError(f"{index}: a tensor cannot be called {name[:40]!r}")
-        if not isinstance(file, str) or not (file in by_file or _is_plain_name(file)):
+        if not isinstance(file, str) or not (file in by_file or _FILE_NAME.fullmatch(file)):
             raise CheckpointError(
                 f"{index}: tensor {name} is said to lie in {file!r:.80}; expected the name of a"
                 " .safetensors file in the same directory"
@@ -76,21 +89,19 @@ def _read_indexed(directory: Path, index: Path) -> dict[str, Tensor]:
         names = by_file.setdefault(file, set())
         if not is_skipped(name):
             names.add(name)
+    return {file: names for file, names in by_file.items() if names}
 
+
+def _read_indexed(directory: Path, index: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    for file, names in sorted(by_file.items()):
-        if not names:
-            continue
+    for file, names in sorted(_names_by_file(index).items()):
         path = directory / file
-        try:
-            found = _wanted(read_header(path))
-        except CheckpointError as error:
-            if not path.exists():
-                raise CheckpointError(
-                    f"{path}: no such file, but {INDEX} says that it holds {len(names)} tensors;"
-                    " is the download complete?"
-                ) from None
-            raise error
+        if not path.exists():
+            raise CheckpointError(
+                f"{path}: no such file, but {INDEX} says that it holds {listed(names)};"
+                " is the download complete?"
+            )
+        found = _wanted(read_header(path))
         if absent := names - found.keys():
             raise CheckpointError(
                 f"{path}: {INDEX} says that it holds {listed(absent)}; it does not"
@@ -101,12 +112,6 @@ def _read_indexed(directory: Path, index: Path) -> dict[str, Tensor]:
             )
         tensors.update(found)
     return tensors
-
-
-def _is_plain_name(file: str) -> bool:
-    return (
-        file.endswith(".safetensors") and len(file) < 256 and not any(c in file for c in "/\\:\0")
-    )
 
 
 def listed(names: set[str]) -> str:
