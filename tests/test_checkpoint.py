@@ -15,6 +15,7 @@ from flashmoe.checkpoint import Checkpoint
 from flashmoe.errors import CheckpointError
 from flashmoe.stored import Extents, Format
 
+pytestmark = pytest.mark.reference
 Get = Callable[[str], Path]
 
 HUGGING_FACE = [name for name, variant in VARIANTS.items() if variant.mlx is None]

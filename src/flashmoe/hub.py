@@ -1,7 +1,7 @@
-"""From what a person types, a directory or a model's id on the Hugging Face hub, to a directory."""
+"""A model of the Hugging Face hub, from its id to a directory of huggingface_hub's cache."""
 
-import os
-import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from flashmoe.config import ModelConfig
@@ -18,44 +18,41 @@ _METADATA = (
     "chat_template.jinja",
     "chat_template.json",
 )
-_HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", re.ASCII)
 
 
-def resolve(source: str | os.PathLike[str]) -> Path:
-    """The directory of a checkpoint; a hub id is downloaded into huggingface_hub's cache.
+def download(model: str) -> Path:
+    """The directory of a model, named OWNER/NAME; progress goes to stderr.
 
     Only the files that running the model needs are fetched, its metadata first, so that an
     unsupported model is refused before hundreds of gigabytes have come. A download that was
     interrupted resumes, and one that is complete is not repeated.
 
     Raises:
-        CheckpointError: there is no such directory or model, it may not be downloaded, or the hub
-            cannot be reached; the message says what to do.
+        CheckpointError: there is no such model, it may not be downloaded, flashmoe does not run
+            it, or the hub cannot be reached; the message says what to do.
     """
-    directory = Path(source).expanduser()
-    named = source != ""  # to Path, "" is the current directory
-    if named and directory.is_dir():
-        return directory
-    if named and directory.exists():
-        raise CheckpointError(f"{source}: a file; name the directory that holds config.json")
-    if not isinstance(source, str) or not _HUB_ID.fullmatch(source):
-        raise CheckpointError(
-            f"{source}: no such directory. A model on the Hugging Face hub is named OWNER/NAME, as"
-            " in mlx-community/Qwen3.5-397B-A17B-4bit"
-        )
-    snapshot = _download(source, None, _METADATA)
+    snapshot = _download(model, None, _METADATA)
     ModelConfig.load(snapshot)
     weights = needed_files(snapshot) if (snapshot / INDEX).exists() else [SINGLE]
     # A snapshot is named after its commit: the weights must be of the same one.
-    return _download(source, snapshot.name, weights)
+    return _download(model, snapshot.name, weights)
 
 
-def _download(model: str, revision: str | None, files: list[str] | tuple[str, ...]) -> Path:
+def _download(model: str, revision: str | None, files: Sequence[str]) -> Path:
     # Importing huggingface_hub takes most of a second, and a directory does not need it.
-    from huggingface_hub import errors, snapshot_download  # noqa: PLC0415
+    from huggingface_hub import snapshot_download  # noqa: PLC0415
+
+    with explained_errors(model):
+        return Path(snapshot_download(model, revision=revision, allow_patterns=list(files)))
+
+
+@contextmanager
+def explained_errors(model: str) -> Iterator[None]:
+    """Turns whatever talking to the hub raises into a CheckpointError that says what to do."""
+    from huggingface_hub import errors  # noqa: PLC0415
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=list(files)))
+        yield
     except errors.GatedRepoError:
         raise CheckpointError(
             f"{model}: its owner asks for an agreement first. Accept it on the model's page, then"
@@ -66,14 +63,20 @@ def _download(model: str, revision: str | None, files: list[str] | tuple[str, ..
             f"{model}: neither a directory here nor a model on the Hugging Face hub. Check the"
             " spelling; if the model is private, sign in with 'hf auth login'"
         ) from None
-    except errors.LocalEntryNotFoundError as error:
+    except errors.HFValidationError:
         raise CheckpointError(
-            f"{model}: no such directory here, not downloaded yet, and the Hugging Face hub cannot"
-            f" be reached ({error.__cause__ or 'offline'}). Check the network and HF_HUB_OFFLINE,"
-            " or name a directory"
+            f"{model}: neither a directory here nor the id of a model on the Hugging Face hub,"
+            " which is like mlx-community/Qwen3.5-397B-A17B-4bit"
+        ) from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        raise CheckpointError(
+            f"{model}: no such directory here, not downloaded completely, and the Hugging Face hub"
+            f" cannot be reached ({error.__cause__ or error}). Check the network and"
+            " HF_HUB_OFFLINE, or name a directory"
         ) from error
-    # Whatever library carries the download, its exceptions come through.
+    # The exceptions of whatever library carries the download come through as they are.
     except Exception as error:
         raise CheckpointError(
-            f"{model}: the download failed: {error}. Run the same command again: it resumes"
+            f"{model}: the hub did not deliver: {error}. Run the same command again: a download"
+            " resumes where it stopped"
         ) from error
