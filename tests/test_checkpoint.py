@@ -1,5 +1,6 @@
 """Checkpoint.open finds the very bytes that transformers and mlx-lm find, in every layout."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import VARIANTS, reference
+from safetensors.torch import load_file, save_file
 
 from flashmoe.checkpoint import Checkpoint
 from flashmoe.errors import CheckpointError
@@ -213,6 +215,38 @@ def test_columns_that_groups_do_not_divide_are_read_dense(checkpoint: Get) -> No
     experts = Checkpoint.open(checkpoint("mlx-4-partly-dense")).experts[0]
     assert (experts.gate.bits, experts.up.bits, experts.down.bits) == (4, 4, 0)
     assert experts.parts == 7
+
+
+def test_separate_quantised_experts_with_padding_are_read_as_stacked_ones(
+    checkpoint: Get, tmp_path: Path
+) -> None:
+    """pack's layout; the format of switch_mlp in config.json is that of each expert."""
+    stacked = Checkpoint.open(checkpoint("mlx-4"))
+    directory = Path(shutil.copytree(stacked.directory, tmp_path / "separate"))
+    tensors = {"padding.0": torch.zeros(24, dtype=torch.uint8)}
+    for name, tensor in load_file(directory / "model.safetensors").items():
+        module, found, part = name.partition(".switch_mlp.")
+        pieces = enumerate(tensor.clone()) if found else ()
+        tensors |= {f"{module}.experts.{e}.{part}": piece for e, piece in pieces}
+        if not found:
+            tensors[name] = tensor
+    save_file(tensors, directory / "model.safetensors")
+    (directory / "model.safetensors.index.json").unlink()
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization"] = {"bits": 8, "group_size": 64} | {
+        name.rpartition(".")[0].replace("experts.0.", "switch_mlp."): {
+            "bits": 8 if name.endswith(("mlp.gate.scales", "shared_expert_gate.scales")) else 4,
+            "group_size": 64,
+        }
+        for name in tensors
+        if name.endswith(".scales") and ("experts." not in name or "experts.0." in name)
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+
+    separate = Checkpoint.open(directory)
+    for ours, theirs in zip(separate.experts, stacked.experts, strict=True):
+        assert (ours.gate, ours.up, ours.down) == (theirs.gate, theirs.up, theirs.down)
+        assert read(separate, ours.extents) == read(stacked, theirs.extents)
 
 
 def test_the_head_of_a_tied_checkpoint_is_absent(checkpoint: Get) -> None:
