@@ -15,7 +15,7 @@ import numpy as np
 from flashmoe import machine
 from flashmoe.checkpoint import Checkpoint
 from flashmoe.config import ModelConfig
-from flashmoe.errors import CheckpointError
+from flashmoe.hub import explained_errors
 from flashmoe.safetensors import Tensor
 from flashmoe.shards import is_skipped
 from flashmoe.source import find_local
@@ -284,15 +284,11 @@ def _open_remote(source: str) -> tuple[Checkpoint, int, bool]:
     from huggingface_hub import HfApi, hf_hub_download  # noqa: PLC0415
     from huggingface_hub.errors import EntryNotFoundError  # noqa: PLC0415
 
-    try:
+    with explained_errors(source):
         config_path = Path(hf_hub_download(source, "config.json"))
         with contextlib.suppress(EntryNotFoundError):
             hf_hub_download(source, "generation_config.json")
         files = HfApi().get_safetensors_metadata(source).files_metadata
-    except Exception as error:  # the hub's errors share no base with those of its HTTP client
-        raise CheckpointError(
-            f"{source}: its metadata cannot be fetched from the hub: {error}"
-        ) from error
     tensors = [
         Tensor(name, Path(file), start, end - start, found.dtype, tuple(found.shape))
         for file, metadata in files.items()
