@@ -95,7 +95,8 @@ class Weights:
         self.tensors: list[Tensor] = []
         self.exceptions: dict[str, dict[str, int]] = {}
         self._words = self.rng.integers(0, 1 << 64, 8 << 20, np.uint64).view(np.uint8)
-        self._jitter = self.rng.uniform(0.75, 1.25, 4 << 20).astype(np.float32)
+        signs = self.rng.choice(np.array([-1, 1], np.float32), 4 << 20)
+        self._jitter = signs * self.rng.uniform(0.75, 1.25, 4 << 20).astype(np.float32)
         self._scaled: dict[float, npt.NDArray[np.uint16]] = {}
         self._build()
 
@@ -187,7 +188,9 @@ class Weights:
         place = int(self.rng.integers(self._jitter.size // 2))
         words, scales = (*lead, columns * bits // 32), (*lead, columns // group)
         self._add(name + ".weight", "U32", words, lambda: self._random_words(words))
-        for part, factor in ((".scales", scale), (".biases", -scale * (levels - 1) / 2)):
+        # Of random sign, the mean of -scale / 2 is nothing that all outputs share; and a bias of
+        # exactly -8 scales at 4 bits is what llama.cpp's Q4_0 has.
+        for part, factor in ((".scales", scale), (".biases", -scale * levels / 2)):
             self._add(name + part, "BF16", scales, self._jittered(scales, factor, place))
 
     def _random_words(self, shape: tuple[int, ...]) -> Iterator[memoryview]:
@@ -480,7 +483,7 @@ def _shape(preset: str, changes: list[str]) -> Shape:
     return replace(PRESETS[preset], **values)
 
 
-def main(  # noqa: PLR0917  (typer's way)
+def main(
     destination: Annotated[Path, typer.Argument(help="A new directory.")],
     preset: Annotated[str, typer.Option(help=f"Shape to begin with: {', '.join(PRESETS)}.")] = "m1",
     layers: Annotated[int | None, typer.Option(min=1, help="How many layers.")] = None,

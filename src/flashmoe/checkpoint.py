@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from flashmoe import _native
 
 
+JOB = "pack.json"
+"""What `flashmoe pack` writes first, as config.json is what it writes last."""
+
+
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
     """What a directory holds, by the canonical names of docs/checkpoints.md."""
@@ -40,6 +44,11 @@ class Checkpoint:
         directory = Path(directory)
         if not directory.is_dir():
             raise CheckpointError(f"{directory}: no such directory")
+        if (directory / JOB).exists() and not (directory / "config.json").exists():
+            raise CheckpointError(
+                f"{directory}: an unfinished pack: config.json is missing; run the same"
+                " 'flashmoe pack' again to finish it"
+            )
         with _collector_paused():
             config = ModelConfig.load(directory)
             tensors = read_tensors(directory)

@@ -17,5 +17,9 @@ class ReadError(FlashMoeError, OSError):
     """A weight could not be read while running: short read, I/O error, file gone or changed."""
 
 
+class WriteError(FlashMoeError, OSError):
+    """A file could not be written: no room, an I/O error, or another process is writing it."""
+
+
 class StateError(FlashMoeError, RuntimeError):
     """A model or state is closed, full, or in use by another thread."""

@@ -304,11 +304,14 @@ class WeightFinder:
 
     def _find_convention(self) -> bool:
         """Whether norms and convolutions are MLX's: conv1d is [C, kernel, 1] and the norms have
-        had 1 added (mlx-lm's `sanitize` does both or neither)."""
+        had 1 added (mlx-lm's `sanitize` does both or neither, and so does pack)."""
         for name, tensor in self._tensors.items():
             if name.endswith("linear_attn.conv1d.weight"):
                 return tensor.shape[-1:] == (1,)
-        return any(".switch_mlp." in name for name in self._tensors)
+        # Attention alone: only MLX and pack spell names so.
+        return self._prefix == "language_model.model." or any(
+            ".switch_mlp." in name for name in self._tensors
+        )
 
 
 def _interleaved_rows(heads: int, widths: tuple[int, ...]) -> list[list[tuple[int, int]]]:

@@ -1,0 +1,105 @@
+"""Weights from the format they are stored in to another."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from flashmoe import _native
+from flashmoe.errors import CheckpointError, ReadError
+from flashmoe.stored import Extents, Format, StoredMatrix, StoredVector
+
+# bfloat16, which numpy lacks, is uint16, as _native has it.
+_NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+
+
+def convert_rows(
+    files: Sequence[Path], name: str, source: StoredMatrix, target: Format, first: int, count: int
+) -> list[npt.NDArray[Any]]:
+    """`count` rows from `first` on: the bytes of each part in the format `target`.
+
+    Words, scales and biases of a matrix that has the bits and group of `target` are copied. Others
+    are dequantised in float32 and quantised from there.
+
+    Raises:
+        CheckpointError: a weight to quantise is not finite; the message says which row.
+        ReadError: a file ends early or cannot be read.
+    """
+    stored = source.format
+    parts = [
+        _read(files, extents, stored.part_bytes(part) // stored.rows, first, count)
+        for part, extents in enumerate(source.parts)
+    ]
+    if (stored.bits, stored.group, stored.dtype) == (target.bits, target.group, target.dtype):
+        return parts
+    weight: npt.NDArray[Any]
+    if stored.bits:
+        words, scales, biases = parts
+        weight = _native.dequantize(
+            words.view(np.uint32).reshape(count, -1),
+            scales.view(_NUMPY[stored.dtype]).reshape(count, -1),
+            biases.view(_NUMPY[stored.dtype]).reshape(count, -1),
+            stored.bits,
+            stored.group,
+        )
+    else:
+        weight = parts[0].view(_NUMPY[stored.dtype]).reshape(count, -1)
+    if not target.bits:
+        return [weight.astype(np.float16) if target.dtype == "F16" else to_bf16(weight)]
+    try:
+        return list(_native.quantize(weight, target.dtype, target.bits, target.group))
+    except ValueError as error:
+        file = files[int(source.parts[0][0, 0])]
+        raise CheckpointError(
+            f"{file}: {name}: from row {first} on: {error}; the checkpoint is damaged"
+        ) from None
+
+
+def convert_vector(files: Sequence[Path], source: StoredVector) -> npt.NDArray[Any]:
+    """The elements as they are stored; where 1 is to be added, as float32 with 1 added."""
+    size = np.dtype(_NUMPY[source.dtype]).itemsize
+    data = _read(files, source.extents, size, 0, source.length)
+    if not source.plus_one:
+        return data
+    stored = data.view(_NUMPY[source.dtype])
+    if source.dtype == "BF16":
+        stored = (stored.astype(np.uint32) << 16).view(np.float32)
+    return stored.astype(np.float32) + np.float32(1)
+
+
+def to_bf16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
+    """Rounded to nearest, ties to even; NaN stays NaN."""
+    bits = values.view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
+def _read(
+    files: Sequence[Path], extents: Extents, row_bytes: int, first: int, count: int
+) -> npt.NDArray[np.uint8]:
+    """Bytes of `count` rows from `first` on of a part, which is the concatenation of `extents`."""
+    begin, end = first * row_bytes, (first + count) * row_bytes
+    pieces, at = [], 0
+    for file, offset, length in extents.tolist():
+        low, high = max(begin, at), min(end, at + length)
+        if low < high:
+            pieces.append(_read_file(files[file], offset + low - at, high - low))
+        at += length
+    return np.frombuffer(pieces[0] if len(pieces) == 1 else b"".join(pieces), np.uint8)
+
+
+def _read_file(path: Path, offset: int, length: int) -> bytes:
+    where = f"{path}: {length} bytes at {offset}"
+    try:
+        with path.open("rb", buffering=0) as file:
+            data = os.pread(file.fileno(), length, offset)
+    except OSError as error:
+        raise ReadError(f"{where}: {error.strerror}") from error
+    if len(data) < length:
+        raise ReadError(
+            f"{where}: only {len(data)} are there; the file has changed since it was opened"
+        )
+    return data
