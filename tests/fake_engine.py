@@ -48,7 +48,8 @@ TEMPLATE = """\
 {%- endif %}
 """
 
-Rule = Callable[[list[int]], np.ndarray]
+Rule = Callable[[list[int], int], np.ndarray]
+"""Logits [512] after these tokens, of which the first so many are the prompt."""
 
 
 def make_tokenizer() -> Tokenizer:
@@ -84,13 +85,10 @@ def spelling(text: str, tokenizer: Tokenizer, end: str = "<|im_end|>") -> Rule:
     table = decoders_alphabet()
     said = [tokenizer.token_to_id(table[byte]) for byte in text.encode()]
     said.append(tokenizer.token_to_id(end))
-    base: list[int] = []
 
-    def rule(tokens: list[int]) -> np.ndarray:
-        if not base:
-            base.append(len(tokens))
+    def rule(tokens: list[int], prompt: int) -> np.ndarray:
         logits = np.zeros(512, np.float32)
-        logits[said[min(len(tokens) - base[0], len(said) - 1)]] = 20
+        logits[said[min(len(tokens) - prompt, len(said) - 1)]] = 20
         return logits
 
     return rule
@@ -113,7 +111,7 @@ def decoders_alphabet() -> dict[int, str]:
     return table
 
 
-def hashed(tokens: list[int]) -> np.ndarray:
+def hashed(tokens: list[int], prompt: int = 0) -> np.ndarray:
     """Logits that depend on every token so far, in their order."""
     seed = zlib.crc32(np.array(tokens, np.int32).tobytes())
     return np.random.default_rng(seed).normal(0, 3, 512).astype(np.float32)
@@ -122,6 +120,7 @@ def hashed(tokens: list[int]) -> np.ndarray:
 class FakeState:
     def __init__(self, tokens: list[int]) -> None:
         self.tokens = tokens
+        self.prompt = 0
 
     @property
     def position(self) -> int:
@@ -163,9 +162,11 @@ class FakeEngine:
         self.calls.append(len(ids))
         before = list(state.tokens)
         state.tokens += ids.tolist()
+        if len(ids) > 1 or not before:
+            state.prompt = len(state.tokens)
         if not all_logits:
-            return self.rule(state.tokens)
-        return np.stack([self.rule(before + ids[: i + 1].tolist()) for i in range(len(ids))])
+            return self.rule(state.tokens, state.prompt)
+        return np.stack([self.rule(before + ids[: i + 1].tolist(), 0) for i in range(len(ids))])
 
     def stats(self) -> dict[str, float]:
         forwards = len(self.calls)
@@ -198,8 +199,12 @@ def install(monkeypatch: pytest.MonkeyPatch, rule: Rule = hashed) -> FakeEngine:
             config = ModelConfig.load(directory)
             return types.SimpleNamespace(directory=directory, config=config)
 
+    def open_engine(*_: object, **__: object) -> FakeEngine:
+        engine.closed = False
+        return engine
+
     monkeypatch.setattr(model_module, "Checkpoint", FakeCheckpoint)
-    monkeypatch.setattr(model_module, "open_engine", lambda checkpoint, **_: engine)
+    monkeypatch.setattr(model_module, "open_engine", open_engine)
     monkeypatch.setattr(model_module, "default_cache", lambda checkpoint, available: 0)
     monkeypatch.setattr(
         model_module, "_fingerprint", lambda c: str(zlib.crc32(repr(c.config).encode()))

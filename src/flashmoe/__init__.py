@@ -52,9 +52,12 @@ _MODULES = {
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib.metadata import version  # noqa: PLC0415
+        from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415
 
-        return version("flashmoe")
+        try:
+            return version("flashmoe")
+        except PackageNotFoundError:
+            return "0+uninstalled"  # run from a source tree
     if name in _MODULES:
         return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'flashmoe' has no attribute {name!r}")

@@ -75,36 +75,59 @@ def flashmoe(
     """
 
 
-Source = Annotated[str, typer.Argument(help="A hub id, a directory, or 'demo'.")]
+Source = Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a directory, or 'demo'.")]
 ExpertsPerToken = Annotated[
     int,
     typer.Option(
-        "--experts-per-token", "-k", min=0, help="Experts a layer runs; 0: the model's own number."
+        "--experts-per-token",
+        "-k",
+        min=0,
+        metavar="N",
+        help="Experts a layer runs, at most the model's own number; 0 for all of those.",
     ),
 ]
 Precision = Annotated[
-    str, typer.Option(help="int8, or float32: activations unquantised, the reference.")
+    str,
+    typer.Option(metavar="NAME", help="int8, or float32: activations unquantised, the reference."),
 ]
 Threads = Annotated[
-    int | None, typer.Option(min=1, help="To compute with.  [default: physical cores]")
+    int | None,
+    typer.Option(min=1, metavar="N", help="To compute with; all physical cores if not given."),
 ]
 Cache = Annotated[
     str | None,
-    typer.Option(help="Memory for experts, as 4GB; 0: the page cache.  [default: what fits]"),
+    typer.Option(
+        metavar="SIZE",
+        help="Memory for experts, as 4GB; 0 leaves it to the page cache. All of them if not given "
+        "and they fit comfortably, else 0.",
+    ),
 ]
 Context = Annotated[
-    int | None, typer.Option(min=1, help="Most tokens of a sequence.  [default: the model's own]")
+    int | None,
+    typer.Option(
+        min=1, metavar="N", help="Most tokens of a sequence; the model's own if not given."
+    ),
 ]
-MaxTokens = Annotated[int | None, typer.Option("--max-tokens", "-n", min=0, help="To generate.")]
-Seed = Annotated[int | None, typer.Option(min=0, help="The same seed draws the same tokens.")]
+MaxTokens = Annotated[
+    int | None, typer.Option("--max-tokens", "-n", min=0, metavar="N", help="To generate at most.")
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option(metavar="T", help="0 is greedy. This and what follows: the model's if not given."),
+]
+Seed = Annotated[
+    int | None, typer.Option(min=0, metavar="N", help="The same seed draws the same tokens.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
 
 
 @app.command()
 def demo(
-    prompt: Annotated[str | None, typer.Argument(help="How the text begins.")] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="How the text begins.")
+    ] = None,
     max_tokens: MaxTokens = 200,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
+    temperature: Temperature = None,
     seed: Seed = None,
     as_json: Json = False,
 ) -> None:
@@ -125,43 +148,50 @@ def demo(
 def generate(
     source: Source,
     prompt: Annotated[
-        str | None, typer.Argument(help="What to answer; '-' or none: standard input.")
+        str | None,
+        typer.Argument(
+            metavar="PROMPT", help="What to answer; standard input if '-' or not given."
+        ),
     ] = None,
     chat: Annotated[
         bool | None,
         typer.Option(
             "--chat/--raw",
-            help="Render the prompt as a user's turn, or take it as it is.  "
-            "[default: --chat where the model has a chat template]",
+            help="Render the prompt as a user's turn, or take it as it is. If neither is given: "
+            "--chat where the model has a chat template.",
         ),
     ] = None,
     system: Annotated[
-        str | None, typer.Option(help="The system message of the conversation.")
+        str | None, typer.Option(metavar="TEXT", help="The system message of the conversation.")
     ] = None,
     think: Annotated[
         bool | None,
         typer.Option("--think/--no-think", help="Whether the model reasons before it answers."),
     ] = None,
     max_tokens: MaxTokens = None,
-    temperature: Annotated[
-        float | None, typer.Option(help="0 is greedy.  [default: the model's own, as all below]")
+    temperature: Temperature = None,
+    top_k: Annotated[
+        int | None, typer.Option(metavar="K", help="Keep the K most probable tokens; 0: all.")
     ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Keep the k most probable; 0: all.")] = None,
     top_p: Annotated[
-        float | None, typer.Option(help="Keep the most probable that sum to p.")
+        float | None,
+        typer.Option(metavar="P", help="Keep the most probable tokens that sum to P; 1: all."),
     ] = None,
     min_p: Annotated[
-        float | None, typer.Option(help="Keep those p times as probable as the first.")
+        float | None,
+        typer.Option(metavar="P", help="Keep tokens P times as probable as the first; 0: all."),
     ] = None,
     repetition_penalty: Annotated[
-        float | None, typer.Option(help="Divides the logits of tokens seen; 1: off.")
+        float | None, typer.Option(metavar="X", help="Divides the logits of tokens seen; 1: off.")
     ] = None,
     presence_penalty: Annotated[
-        float | None, typer.Option(help="Subtracted from logits of tokens generated; 0: off.")
+        float | None,
+        typer.Option(metavar="X", help="Subtracted from logits of tokens generated; 0: off."),
     ] = None,
     seed: Seed = None,
     stop: Annotated[
-        list[str] | None, typer.Option(help="End before this text; may be given several times.")
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="End before this text; may be given several times."),
     ] = None,
     experts_per_token: ExpertsPerToken = 4,
     precision: Precision = "int8",
@@ -186,19 +216,25 @@ def generate(
                 'flashmoe generate MODEL "Explain quantum computing"'
             )
         prompt = sys.stdin.read()
+    from flashmoe.sampling import Sampling  # noqa: PLC0415
+
+    sampling = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+    }
+    Sampling().override(**sampling)  # refuses bad values before a large model is loaded
+    if chat is False and (system is not None or think is not None):
+        raise ArgumentError("--system and --think belong to a conversation; leave out --raw")
     with _open(source, experts_per_token, precision, threads, cache, context) as model:
-        templated = model.chat_template() is not None
-        chatting = templated if chat is None else chat
-        if not chatting and (system is not None or think is not None):
-            raise ArgumentError("--system and --think need a conversation; use --chat, not --raw")
+        conversing = system is not None or think is not None
+        chatting = conversing or model.chat_template() is not None if chat is None else chat
         options: dict[str, Any] = {
+            **sampling,
             "max_tokens": max_tokens,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "min_p": min_p,
-            "repetition_penalty": repetition_penalty,
-            "presence_penalty": presence_penalty,
             "seed": seed,
             "stop": stop or None,
         }
@@ -219,10 +255,11 @@ def info(
     source: Source,
     experts_per_token: ExpertsPerToken = 4,
     disk_rate: Annotated[
-        float | None, typer.Option(help="Of the SSD, in GB/s.  [default: measured]")
+        float | None,
+        typer.Option(metavar="GB/S", help="Of the SSD; measured or assumed if not given."),
     ] = None,
     memory_rate: Annotated[
-        float | None, typer.Option(help="Of memory, in GB/s.  [default: measured]")
+        float | None, typer.Option(metavar="GB/S", help="Of memory; measured if not given.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -253,9 +290,11 @@ def info(
 @app.command()
 def bench(
     source: Source,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 256,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 64,
-    runs: Annotated[int, typer.Option(min=1, help="Of which the medians are shown.")] = 3,
+    prompt_tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Tokens of the prompt.")
+    ] = 256,
+    tokens: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens to generate.")] = 64,
+    runs: Annotated[int, typer.Option(min=1, metavar="N", help="Of which medians are shown.")] = 3,
     experts_per_token: ExpertsPerToken = 4,
     precision: Precision = "int8",
     threads: Threads = None,

@@ -125,20 +125,19 @@ class Sampler:
         s = self.sampling
         if s.temperature == 0 or s.top_k == 1:
             return int(np.argmax(logits))
-        # Relative to the largest, so that no temperature overflows; float64 from here on.
-        scores = (logits.astype(np.float64) - float(logits.max())) / s.temperature
+        # Relative to the largest, so that a low temperature overflows to probability 0 only.
+        with np.errstate(over="ignore"):
+            scores = (logits - logits.max()) / np.float32(max(s.temperature, 1e-30))
         ids, weights = _candidates(scores, int(s.top_k), float(s.top_p))
         if s.min_p > 0:
             kept = weights >= s.min_p * weights.max()
             ids, weights = ids[kept], weights[kept]
-        cumulative = np.cumsum(weights)
+        cumulative = np.cumsum(weights, dtype=np.float64)
         drawn = np.searchsorted(cumulative, self._rng.random() * cumulative[-1], side="right")
         return int(ids[min(int(drawn), len(ids) - 1)])
 
 
-def _candidates(
-    scores: npt.NDArray[np.float64], top_k: int, top_p: float
-) -> tuple[Ids, npt.NDArray[np.float64]]:
+def _candidates(scores: Floats, top_k: int, top_p: float) -> tuple[Ids, Floats]:
     """The ids that top_k and then top_p keep, and their unnormalised probabilities."""
     vocab = len(scores)
     if top_k == 0 and top_p == 1:
@@ -146,19 +145,19 @@ def _candidates(
     if top_k > 0:
         ids = largest(scores, top_k)
         weights = np.exp(scores[ids])
-        total = float(weights.sum())
+        total = float(weights.sum(dtype=np.float64))
     else:
         # A nucleus rarely holds more than some hundreds of tokens: sort few, and more if need be.
-        total = float(np.exp(scores).sum())
+        total = float(np.exp(scores).sum(dtype=np.float64))
         k = 256
         while True:
             ids = largest(scores, k)
             weights = np.exp(scores[ids])
-            if len(ids) == vocab or float(weights.sum()) >= top_p * total:
+            if len(ids) == vocab or float(weights.sum(dtype=np.float64)) >= top_p * total:
                 break
             k *= 8
     if top_p < 1:
-        before = np.cumsum(weights) - weights
+        before = np.cumsum(weights, dtype=np.float64) - weights
         kept = before < top_p * total
         kept[0] = True
         ids, weights = ids[kept], weights[kept]
