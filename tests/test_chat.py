@@ -220,5 +220,8 @@ def test_the_template_is_found_where_checkpoints_keep_it(tmp_path) -> None:
     path.write_text(json.dumps({"chat_template": named}))
     assert ChatTemplate.load(tmp_path).render([]) == "D"
     assert ChatTemplate.load(tmp_path, tools=True).render([]) == "T"
+    path.unlink()
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "P"}))
+    assert ChatTemplate.load(tmp_path).render([]) == "P"
     (tmp_path / "chat_template.jinja").write_text("J")
     assert ChatTemplate.load(tmp_path).render([]) == "J"

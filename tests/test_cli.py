@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import typer
 from fake_engine import (
-    CONFIG,
     TEMPLATE,
     FakeEngine,
     install,
@@ -296,5 +295,3 @@ def test_every_option_is_in_the_docs() -> None:
     assert len(names) > 30
     assert [name for name in names if name not in text] == []
 
-
-assert CONFIG["num_experts_per_tok"] == 6

@@ -81,6 +81,9 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def send_file(self, file: Path) -> None:
+        if not file.exists():
+            self.refuse(404, "EntryNotFound", "Entry not found")
+            return
         data = file.read_bytes()
         start = 0
         if (wanted := self.headers.get("Range")) and self.command == "GET":

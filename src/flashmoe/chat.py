@@ -29,7 +29,7 @@ class ChatTemplate:
 
     @classmethod
     def load(cls, directory: Path, *, tools: bool = False) -> ChatTemplate | None:
-        """From `chat_template.jinja`, else from `tokenizer_config.json`; None if neither has one.
+        """From `chat_template.jinja`, `tokenizer_config.json` or `chat_template.json`, else None.
 
         Where several are named, "tool_use" is taken for a conversation with tools, else "default".
         """
@@ -44,11 +44,13 @@ class ChatTemplate:
         path = directory / "chat_template.jinja"
         if path.is_file():
             return cls(path.read_text(encoding="utf-8"), path, tokens)
-        source = config.get("chat_template")
+        path, source = config_path, config.get("chat_template")
+        if source is None and (other := directory / "chat_template.json").is_file():
+            path, source = other, read_json(other).get("chat_template")
         if isinstance(source, list):
             named = {t["name"]: t["template"] for t in source}
             source = (named.get("tool_use") if tools else None) or named.get("default")
-        return None if source is None else cls(source, config_path, tokens)
+        return cls(source, path, tokens) if isinstance(source, str) else None
 
     def render(
         self,

@@ -15,7 +15,7 @@ import numpy as np
 from flashmoe import machine
 from flashmoe.checkpoint import Checkpoint
 from flashmoe.config import ModelConfig
-from flashmoe.hub import explained_errors
+from flashmoe.errors import CheckpointError
 from flashmoe.safetensors import Tensor
 from flashmoe.shards import is_skipped
 from flashmoe.source import find_local
@@ -282,24 +282,34 @@ def _open(source: str) -> tuple[Checkpoint, int, bool]:
 def _open_remote(source: str) -> tuple[Checkpoint, int, bool]:
     """From config.json and the headers of the safetensors files, which are a few MB at most."""
     from huggingface_hub import HfApi, hf_hub_download  # noqa: PLC0415
-    from huggingface_hub.errors import EntryNotFoundError  # noqa: PLC0415
+    from huggingface_hub.errors import (  # noqa: PLC0415
+        EntryNotFoundError,
+        NotASafetensorsRepoError,
+    )
+
+    from flashmoe.hub import explained_errors  # noqa: PLC0415
 
     with explained_errors(source):
         config_path = Path(hf_hub_download(source, "config.json"))
         with contextlib.suppress(EntryNotFoundError):
-            hf_hub_download(source, "generation_config.json")
-        files = HfApi().get_safetensors_metadata(source).files_metadata
+            hf_hub_download(source, "generation_config.json", revision=config_path.parent.name)
+    config = ModelConfig.load(config_path.parent)
+    with explained_errors(source):
+        try:
+            found = HfApi().get_safetensors_metadata(source, revision=config_path.parent.name)
+        except NotASafetensorsRepoError:
+            found = None
+    if found is None:
+        raise CheckpointError(f"{source}: holds no safetensors files, which flashmoe reads")
     tensors = [
-        Tensor(name, Path(file), start, end - start, found.dtype, tuple(found.shape))
-        for file, metadata in files.items()
-        for name, found in metadata.tensors.items()
-        for start, end in (found.data_offsets,)
+        Tensor(name, Path(file), start, end - start, tensor.dtype, tuple(tensor.shape))
+        for file, metadata in found.files_metadata.items()
+        for name, tensor in metadata.tensors.items()
+        for start, end in (tensor.data_offsets,)
     ]
     disk = sum(tensor.nbytes for tensor in tensors)
     wanted = {tensor.name: tensor for tensor in tensors if not is_skipped(tensor.name)}
-    directory = config_path.parent
-    config = ModelConfig.load(directory)
-    return Checkpoint.of_tensors(directory, config, wanted, Path(source)), disk, False
+    return Checkpoint.of_tensors(config_path.parent, config, wanted, Path(source)), disk, False
 
 
 def _hub_cache() -> Path:

@@ -1,0 +1,274 @@
+"""What flashmoe info says of a checkpoint, and of this machine."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors
+from test_hub import Hub, hub  # noqa: F401  (a fixture)
+
+from flashmoe import machine
+from flashmoe.checkpoint import Checkpoint
+from flashmoe.config import ModelConfig
+from flashmoe.info import describe, summarise
+from flashmoe.model import default_cache
+from flashmoe.report import info_lines, size
+from flashmoe.safetensors import Tensor
+
+# Qwen3.5-397B-A17B, from its published config.json.
+QWEN_397B = {
+    "model_type": "qwen3_5_moe",
+    "tie_word_embeddings": False,
+    "text_config": {
+        "model_type": "qwen3_5_moe_text",
+        "hidden_size": 4096,
+        "num_hidden_layers": 60,
+        "full_attention_interval": 4,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 64,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "linear_conv_kernel_dim": 4,
+        "num_experts": 512,
+        "num_experts_per_tok": 10,
+        "moe_intermediate_size": 1024,
+        "shared_expert_intermediate_size": 1024,
+        "vocab_size": 248320,
+        "max_position_embeddings": 262144,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000000,
+            "partial_rotary_factor": 0.25,
+        },
+    },
+}
+
+
+def _mlx_tensors(c: ModelConfig) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """Name, dtype and shape of what mlx-lm's 4-bit conversion of such a model holds."""
+
+    def quantised(name: str, *shape: int, bits: int = 4) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+        *rows, cols = shape
+        yield f"{name}.weight", "U32", (*rows, cols * bits // 32)
+        yield f"{name}.scales", "BF16", (*rows, cols // 64)
+        yield f"{name}.biases", "BF16", (*rows, cols // 64)
+
+    h, e = c.hidden_size, c.num_experts
+    yield from quantised("language_model.model.embed_tokens", c.vocab_size, h)
+    yield from quantised("language_model.lm_head", c.vocab_size, h)
+    yield "language_model.model.norm.weight", "BF16", (h,)
+    for i, kind in enumerate(c.layer_types):
+        layer = f"language_model.model.layers.{i}"
+        yield f"{layer}.input_layernorm.weight", "BF16", (h,)
+        yield f"{layer}.post_attention_layernorm.weight", "BF16", (h,)
+        if kind == "full_attention":
+            heads, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+            yield from quantised(f"{layer}.self_attn.q_proj", 2 * heads, h)
+            yield from quantised(f"{layer}.self_attn.k_proj", kv, h)
+            yield from quantised(f"{layer}.self_attn.v_proj", kv, h)
+            yield from quantised(f"{layer}.self_attn.o_proj", h, heads)
+            yield f"{layer}.self_attn.q_norm.weight", "BF16", (c.head_dim,)
+            yield f"{layer}.self_attn.k_norm.weight", "BF16", (c.head_dim,)
+        else:
+            mixer, heads = f"{layer}.linear_attn", c.linear_num_value_heads
+            values = heads * c.linear_value_head_dim
+            channels = values + 2 * c.linear_num_key_heads * c.linear_key_head_dim
+            yield from quantised(f"{mixer}.in_proj_qkv", channels, h)
+            yield from quantised(f"{mixer}.in_proj_z", values, h)
+            yield from quantised(f"{mixer}.in_proj_b", heads, h)
+            yield from quantised(f"{mixer}.in_proj_a", heads, h)
+            yield from quantised(f"{mixer}.out_proj", h, values)
+            yield f"{mixer}.conv1d.weight", "BF16", (channels, c.linear_conv_kernel_dim, 1)
+            yield f"{mixer}.A_log", "F32", (heads,)
+            yield f"{mixer}.dt_bias", "BF16", (heads,)
+            yield f"{mixer}.norm.weight", "F32", (c.linear_value_head_dim,)
+        yield from quantised(f"{layer}.mlp.gate", e, h, bits=8)
+        yield from quantised(f"{layer}.mlp.shared_expert_gate", 1, h, bits=8)
+        for name, width, experts in (
+            ("shared_expert", c.shared_expert_intermediate_size, ()),
+            ("switch_mlp", c.moe_intermediate_size, (e,)),
+        ):
+            yield from quantised(f"{layer}.mlp.{name}.gate_proj", *experts, width, h)
+            yield from quantised(f"{layer}.mlp.{name}.up_proj", *experts, width, h)
+            yield from quantised(f"{layer}.mlp.{name}.down_proj", *experts, h, width)
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """Qwen3.5-397B-A17B at 4 bits, as its headers describe it."""
+    directory = tmp_path_factory.mktemp("397b")
+    exceptions = {
+        f"language_model.model.layers.{i}.mlp.{gate}": {"bits": 8, "group_size": 64}
+        for i in range(60)
+        for gate in ("gate", "shared_expert_gate")
+    }
+    quantization = {"bits": 4, "group_size": 64, **exceptions}
+    (directory / "config.json").write_text(json.dumps(QWEN_397B | {"quantization": quantization}))
+    config = ModelConfig.load(directory)
+    tensors, offset, item = {}, 0, {"U32": 4, "BF16": 2, "F32": 4}
+    for name, dtype, shape in _mlx_tensors(config):
+        nbytes = math.prod(shape) * item[dtype]
+        tensors[name] = Tensor(name, Path("model.safetensors"), offset, nbytes, dtype, shape)
+        offset += nbytes
+    return Checkpoint.of_tensors(directory, config, tensors, Path("the 397B"))
+
+
+def test_the_397b_in_numbers(big: Checkpoint) -> None:
+    summary = summarise(big, "the 397B", 0, 4)
+    assert summary.parameters == 396_346_350_336
+    assert summary.expert == 7_077_888
+    assert summary.read_per_token == 60 * 4 * 7_077_888
+    assert summary.experts == 60 * 512 * 7_077_888
+    # The published sizes: 209 GB of routed experts and 5.5 GB of everything else, in GiB or GB.
+    assert 5.0e9 < summary.resident < 6.0e9
+    # 17 billion at its own 10 experts per token give the model its name.
+    assert round(summarise(big, "", 0, None).active_parameters / 1e9) in (16, 17)
+    assert summary.state_fixed == 45 * 4 * (64 * 128 * 128 + 3 * 12288)
+    assert summary.state_per_token == 15 * 2 * 2 * 256 * 4
+    formats = {kind.name: kind.formats for kind in summary.kinds}
+    assert formats["routed experts"] == ("4-bit, group 64",)
+    assert formats["router"] == ("8-bit, group 64",)
+    assert set(formats["norms, convolutions"]) == {"bf16", "f32"}
+
+
+def test_a_model_that_is_too_large_is_left_to_the_page_cache(big: Checkpoint) -> None:
+    assert default_cache(big, 48 << 30) == 0
+    experts = 60 * 512 * (8 << 20)  # slots are multiples of 2 MiB
+    assert default_cache(big, 512 << 30) == experts
+    assert default_cache(big, int((experts + 6e9) / 0.7)) == experts
+    assert default_cache(big, int(experts / 0.7)) == 0
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("name", ["base", "tied", "next", "mlx-4", "mlx-4-partly-dense", "mlx-8"])
+def test_parameters_and_bytes_are_those_of_the_files(
+    checkpoint: Callable[[str], Path], name: str
+) -> None:
+    directory = checkpoint(name)
+    summary = describe(str(directory), disk_rate=1e9, memory_rate=1e10).summary
+    stored = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    assert summary.disk == stored
+    nbytes = 0
+    for file in directory.glob("*.safetensors"):
+        with safetensors.safe_open(file, "pt") as weights:
+            nbytes += sum(weights.get_tensor(key).nbytes for key in weights.keys())  # noqa: SIM118
+    assert sum(kind.nbytes for kind in summary.kinds) == nbytes
+
+
+@pytest.mark.reference
+def test_parameters_are_those_that_transformers_counts(checkpoint: Callable[[str], Path]) -> None:
+    from checkpoints import reference  # noqa: PLC0415
+
+    for name in ("base", "tied", "ratio-4"):
+        summary = describe(str(checkpoint(name)), disk_rate=1e9, memory_rate=1e10).summary
+        assert summary.parameters == reference(name).num_parameters()
+
+
+@pytest.mark.reference
+def test_the_estimate_follows_from_the_stated_rates(checkpoint, monkeypatch) -> None:
+    directory = str(checkpoint("mlx-4"))
+    summary = describe(directory, disk_rate=1e6, memory_rate=1e9).summary
+    half = summary.resident + summary.experts // 2
+    monkeypatch.setattr(machine, "available_memory", lambda: half)
+    fit = describe(directory, disk_rate=1e6, memory_rate=1e9).fit
+    assert fit.cached_share == pytest.approx(0.5, abs=0.01)
+    assert (fit.disk_rate_source, fit.memory_rate_source) == ("stated", "stated")
+    from_disk = 0.5 * summary.read_per_token / 1e6
+    assert 0 < 1 / fit.tokens_per_second - from_disk < 0.01 * from_disk + 1e-3
+    assert fit.fits_memory
+    monkeypatch.setattr(machine, "available_memory", lambda: summary.resident - 1)
+    info = describe(directory, disk_rate=1e6, memory_rate=1e9)
+    assert not info.fit.fits_memory
+    assert "too little memory here" in "\n".join(info_lines(info))
+
+
+@pytest.mark.reference
+def test_a_model_on_the_hub_is_described_without_its_weights(hub: Hub) -> None:  # noqa: F811
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+        "HF_HOME": str(hub.directory.with_name("home")),
+    }
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "flashmoe", "info", *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    result = run("tests/model", "--json")
+    assert result.returncode == 0, result.stderr
+    remote = json.loads(result.stdout)
+    local = describe(str(hub.directory), disk_rate=1e9).to_dict()
+    same = {"source", "disk"}
+    assert {k: v for k, v in remote["summary"].items() if k not in same} == json.loads(
+        json.dumps({k: v for k, v in local["summary"].items() if k not in same})
+    )
+    assert not remote["fit"]["present"]
+    assert remote["fit"]["disk_rate_source"] == "assumed"
+    kept = [p.name for p in hub.directory.with_name("home").rglob("*") if p.is_file()]
+    assert not [name for name in kept if name.endswith(".safetensors")]
+    missing = run("tests/absent")
+    assert missing.returncode == 1
+    assert missing.stderr.startswith("error: tests/absent: ")
+
+
+def test_sizes_read_well() -> None:
+    assert [size(n) for n in (0, 999, 1000, 7_077_888, 208_999_999_999, 2e12)] == [
+        *("0 bytes", "999 bytes", "1 kB", "7.08 MB", "209 GB", "2 TB")
+    ]
+
+
+@pytest.fixture
+def cgroup(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
+    return tmp_path
+
+
+def test_cores_respect_affinity_and_quota(cgroup: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    siblings = {0: "0,4", 4: "0,4", 1: "1,5", 5: "1,5", 2: "2"}
+    real = machine._read
+
+    def read(path: Path) -> str | None:
+        if "topology" in str(path):
+            return siblings[int(path.parts[-3].removeprefix("cpu"))]
+        return real(path)
+
+    monkeypatch.setattr(machine, "_read", read)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 4, 1, 5, 2}, raising=False)
+    assert machine.physical_cores() == 3
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 4})
+    assert machine.physical_cores() == 1
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
+    (cgroup / "cpu.max").write_text("200000 100000\n")
+    assert machine.physical_cores() == 2
+    (cgroup / "cpu.max").write_text("50000 100000\n")
+    assert machine.physical_cores() == 1
+    (cgroup / "cpu.max").write_text("max 100000\n")
+    assert machine.physical_cores() == 3
+
+
+def test_memory_respects_the_cgroups_limit(cgroup: Path) -> None:
+    free = machine.available_memory()
+    assert 0 < free <= machine.total_memory()
+    (cgroup / "memory.max").write_text("1000000\n")
+    (cgroup / "memory.current").write_text("400000\n")
+    assert machine.available_memory() == 600000
+
+
+def test_rates_are_measured(tmp_path: Path) -> None:
+    assert machine.memory_rate(1) > 1e8
+    path = tmp_path / "weights"
+    path.write_bytes(np.random.default_rng(0).bytes(1 << 20))
+    rate = machine.disk_rate([path], 64 << 10, seconds=0.05)
+    assert rate is None or rate > 0  # None where the file system has no direct reads
+    assert machine.disk_rate([path], 1 << 20) is None
+
