@@ -11,6 +11,8 @@ from fake_engine import TEMPLATE, make_tokenizer
 import flashmoe
 from flashmoe.chat import ChatTemplate
 
+pytestmark = pytest.mark.reference
+
 # What real templates use: namespaces, loop variables and controls, macros, tests, whitespace
 # control, tojson with options, mappings, string methods, tools and tool calls as XML.
 TOOLS_TEMPLATE = r"""

@@ -56,7 +56,9 @@ QWEN_397B = {
 def _mlx_tensors(c: ModelConfig) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """Name, dtype and shape of what mlx-lm's 4-bit conversion of such a model holds."""
 
-    def quantised(name: str, *shape: int, bits: int = 4) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    def quantised(
+        name: str, *shape: int, bits: int = 4
+    ) -> Iterator[tuple[str, str, tuple[int, ...]]]:
         *rows, cols = shape
         yield f"{name}.weight", "U32", (*rows, cols * bits // 32)
         yield f"{name}.scales", "BF16", (*rows, cols // 64)
@@ -271,4 +273,3 @@ def test_rates_are_measured(tmp_path: Path) -> None:
     rate = machine.disk_rate([path], 64 << 10, seconds=0.05)
     assert rate is None or rate > 0  # None where the file system has no direct reads
     assert machine.disk_rate([path], 1 << 20) is None
-

@@ -16,6 +16,7 @@ from transformers.generation.logits_process import (
 import flashmoe
 from flashmoe.sampling import Sampler, Sampling, largest
 
+pytestmark = pytest.mark.reference
 VOCAB = 997
 
 

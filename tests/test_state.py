@@ -62,7 +62,7 @@ def test_saving_replaces_and_leaves_nothing_beside(model, tmp_path) -> None:
 
 
 def test_a_state_that_cannot_be_written_is_an_error_with_its_path(model, tmp_path) -> None:
-    with pytest.raises(flashmoe.FlashMoeError, match=r"no-such.*cannot be written"):
+    with pytest.raises(flashmoe.WriteError, match=r"no-such.*cannot be written"):
         model.new_state().save(tmp_path / "no-such" / "a.safetensors")
 
 

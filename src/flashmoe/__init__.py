@@ -16,6 +16,7 @@ from flashmoe.errors import (
     FlashMoeError,
     ReadError,
     StateError,
+    WriteError,
 )
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ __all__ = [
     "StateError",
     "Stats",
     "Token",
+    "WriteError",
     "__version__",
 ]
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from flashmoe.errors import CheckpointError, FlashMoeError, StateError
+from flashmoe.errors import CheckpointError, StateError, WriteError
 from flashmoe.safetensors import Tensor, build_header, read_header, read_metadata
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class State:
         """Writes a safetensors file that `State.load` reads, replacing what is there.
 
         Raises:
-            FlashMoeError: it cannot be written; what was there is then still there.
+            WriteError: it cannot be written; what was there is then still there.
         """
         path = Path(path)
         with self._held():
@@ -91,7 +91,7 @@ class State:
             part.replace(path)
         except OSError as error:
             part.unlink(missing_ok=True)
-            raise FlashMoeError(f"{path}: the state cannot be written: {error}") from error
+            raise WriteError(f"{path}: the state cannot be written: {error}") from error
 
     @classmethod
     def load(cls, model: Model, path: str | os.PathLike[str]) -> State:
