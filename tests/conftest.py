@@ -1,5 +1,7 @@
 """Fixtures that every test may use."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,3 +23,21 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         return directory if directory.exists() else make(directory, name)
 
     return get
+
+
+@pytest.fixture(scope="session")
+def endless(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random model with a tokenizer and a template, that never ends its text."""
+    from fake_engine import TEMPLATE, make_tokenizer  # noqa: PLC0415
+
+    directory = tmp_path_factory.mktemp("endless") / "model"
+    shutil.copytree(checkpoint("mlx-4"), directory)
+    make_tokenizer().save(str(directory / "tokenizer.json"))
+    (directory / "chat_template.jinja").write_text(TEMPLATE)
+    (directory / "generation_config.json").unlink(missing_ok=True)
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    for section in (config, config.get("text_config", {})):
+        section.pop("eos_token_id", None)
+    path.write_text(json.dumps(config))
+    return directory

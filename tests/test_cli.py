@@ -2,18 +2,15 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import typer
 from fake_engine import (
-    TEMPLATE,
     FakeEngine,
     install,
     make_directory,
@@ -164,9 +161,10 @@ def test_ctrl_c_ends_with_code_130(model, monkeypatch) -> None:
 
 def test_demo_streams_from_the_model_in_the_package(model, monkeypatch) -> None:
     monkeypatch.setattr(source, "demo_directory", lambda: Path(model))
-    result = _run("demo", "Once")
+    result = _run("demo", "Hello")
     assert result.exit_code == 0
-    assert result.stdout == "OnceHi there.\n"
+    assert result.stdout == "Hi there.\n"
+    assert "> Hello\n" in result.stderr
     assert "tok/s" in result.stderr
 
 
@@ -248,22 +246,6 @@ def test_version_and_help_need_no_heavy_imports() -> None:
 
 
 # From here on the real program with the real engine.
-
-
-@pytest.fixture(scope="session")
-def endless(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random model that never ends its text."""
-    directory = tmp_path_factory.mktemp("endless") / "model"
-    shutil.copytree(checkpoint("mlx-4"), directory)
-    make_tokenizer().save(str(directory / "tokenizer.json"))
-    (directory / "chat_template.jinja").write_text(TEMPLATE)
-    (directory / "generation_config.json").unlink(missing_ok=True)
-    path = directory / "config.json"
-    config = json.loads(path.read_text())
-    for section in (config, config.get("text_config", {})):
-        section.pop("eos_token_id", None)
-    path.write_text(json.dumps(config))
-    return directory
 
 
 def _start(*arguments: str) -> subprocess.Popen[bytes]:

@@ -18,6 +18,7 @@ from flashmoe.progress import Bar
 if TYPE_CHECKING:
     from flashmoe.model import Model, Token
 
+DEMO_PROMPT = "What is a mixture of experts?"
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE = 1, 2, 130, 141
 
 
@@ -123,9 +124,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for p
 
 @app.command()
 def demo(
-    prompt: Annotated[
-        str | None, typer.Argument(metavar="PROMPT", help="How the text begins.")
-    ] = None,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to answer.")] = DEMO_PROMPT,
     max_tokens: MaxTokens = 200,
     temperature: Temperature = None,
     seed: Seed = None,
@@ -136,12 +135,13 @@ def demo(
     \b
     Examples:
       flashmoe demo
-      flashmoe demo "The little dragon" --seed 1
+      flashmoe demo "Continue: The old man looked at the sea." --seed 1
     """
     with _open("demo") as model:
-        start = "Once upon a time" if prompt is None else prompt
-        tokens = model.generate(start, max_tokens=max_tokens, temperature=temperature, seed=seed)
-        _stream(model, tokens, as_json, echo=start)
+        messages = [{"role": "user", "content": prompt}]
+        tokens = model.chat(messages, max_tokens=max_tokens, temperature=temperature, seed=seed)
+        typer.secho(f"> {prompt}", err=True, bold=True)
+        _stream(model, tokens, as_json)
 
 
 @app.command()
@@ -409,14 +409,10 @@ def _open(
         yield model
 
 
-def _stream(
-    model: Model, tokens: Generator[Token, None, None], as_json: bool, echo: str = ""
-) -> None:
+def _stream(model: Model, tokens: Generator[Token, None, None], as_json: bool) -> None:
     """Prints texts as they come and statistics at the end; all of it at the end for JSON."""
     taken: list[Token] = []
     try:
-        if echo and not as_json:
-            typer.echo(echo, nl=False)
         for token in tokens:
             taken.append(token)
             if not as_json:

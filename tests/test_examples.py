@@ -1,0 +1,58 @@
+"""What the examples and docs show runs, on a small random model in place of the demo."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = sorted((ROOT / "examples").iterdir())
+
+pytestmark = pytest.mark.reference
+
+
+def _run(directory: Path, code: str) -> str:
+    """Output of a program for which "demo" is the model in `directory`."""
+    head = (
+        "import sys; from pathlib import Path; import flashmoe.source\n"
+        f"flashmoe.source.demo_directory = lambda: Path({str(directory)!r})\n"
+        "sys.argv = ['example']\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", head + code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
+def test_an_example_runs(endless: Path, example: Path) -> None:
+    text = example.read_text()
+    if example.suffix == ".ipynb":
+        cells = [c for c in json.loads(text)["cells"] if c["cell_type"] == "code"]
+        text = "\n".join("".join(cell["source"]) for cell in cells)
+    assert _run(endless, text).strip()
+
+
+def test_the_code_of_the_python_page_runs(endless: Path) -> None:
+    page = (ROOT / "docs" / "python.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    code = "\n".join(block for block in blocks if not block.startswith("Model("))
+    code = code.replace('"mlx-community/Qwen3.5-397B-A17B-4bit"', '"demo", context=600')
+    code = code.replace(
+        "for question in", "long_document, questions = 'the fox ' * 9, ['a', 'b']\nfor question in"
+    )
+    code = code.replace(
+        "shared = model.new_state()", "long_document = 'the fox ' * 9\nshared = model.new_state()"
+    )
+    where = "import tempfile, os; os.chdir(tempfile.mkdtemp())\n"
+    assert _run(endless, where + code).strip()

@@ -1,0 +1,83 @@
+"""The Python interface on the real engine: states, precision and caches change no token."""
+
+import dataclasses
+import threading
+
+import numpy as np
+import pytest
+from engines import random_ids
+
+import flashmoe
+
+pytestmark = pytest.mark.reference
+PROMPT = random_ids(320, 40).tolist()
+
+
+@pytest.fixture(params=["mlx-4", "next"])
+def model(request, checkpoint):
+    with flashmoe.Model(checkpoint(request.param), precision="float32", threads=2) as model:
+        # Random models end at random: here every answer runs to max_tokens.
+        model.config = dataclasses.replace(model.config, eos_token_ids=())
+        yield model
+
+
+def _ids(model, prompt, count, **options) -> list[int]:
+    return [t.id for t in model.generate(prompt, max_tokens=count, temperature=0, **options)]
+
+
+def test_greedy_tokens_are_the_largest_logits(model) -> None:
+    answer = _ids(model, PROMPT, 12)
+    logits = model.logits([*PROMPT, *answer[:-1]])
+    assert logits[len(PROMPT) - 1 :].argmax(axis=1).tolist() == answer
+    token = next(model.generate(PROMPT, temperature=0))
+    row = logits[len(PROMPT) - 1].astype(np.float64)
+    assert token.logprob == pytest.approx(row.max() - np.log(np.exp(row).sum()), abs=1e-3)
+
+
+def test_a_state_saved_loaded_forked_and_continued_gives_the_whole_conversation(
+    model, tmp_path
+) -> None:
+    state = model.new_state()
+    first = _ids(model, PROMPT, 6, state=state)
+    state.save(tmp_path / "state.safetensors")
+    loaded = flashmoe.State.load(model, tmp_path / "state.safetensors")
+    fork = state.fork()
+    expected = _ids(model, [*PROMPT, *first, 7, 8, 9], 10)
+    for continued in (state, loaded, fork):
+        assert _ids(model, [7, 8, 9], 10, state=continued) == expected
+        assert continued.position == len(PROMPT) + 6 + 3 + 10
+
+
+def test_a_state_does_not_fit_another_model(model, checkpoint, tmp_path) -> None:
+    model.new_state().save(tmp_path / "state.safetensors")
+    with flashmoe.Model(checkpoint("ratio-4")) as other, pytest.raises(flashmoe.StateError):
+        flashmoe.State.load(other, tmp_path / "state.safetensors")
+
+
+@pytest.mark.parametrize("cache", [0, "10kB", "1GB", None])
+def test_the_cache_changes_no_token_and_is_counted(checkpoint, cache) -> None:
+    with flashmoe.Model(checkpoint("mlx-4"), cache=0) as model:
+        expected = _ids(model, PROMPT, 8)
+    with flashmoe.Model(checkpoint("mlx-4"), cache=cache, threads=1) as model:
+        assert _ids(model, PROMPT, 8) == expected
+        assert _ids(model, PROMPT, 8) == expected
+        stats = model.stats
+    assert stats.expert_hits + stats.expert_misses > 0
+    assert (stats.bytes_read == 0) == (cache in ("1GB", None))
+    assert 0 <= stats.hit_rate <= 1
+
+
+def test_threads_on_one_model_get_the_tokens_they_would_get_alone(model) -> None:
+    prompts = [random_ids(320, 30, seed).tolist() for seed in range(3)]
+    expected = [_ids(model, prompt, 8) for prompt in prompts]
+    answers: list[list[int]] = [[], [], []]
+
+    def work(i: int) -> None:
+        answers[i] = _ids(model, prompts[i], 8)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == expected
