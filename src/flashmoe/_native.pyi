@@ -48,9 +48,9 @@ class State:
 class Engine:
     """A loaded model. One thread at a time uses it and its states; a second gets StateError.
 
-    config holds ModelConfig's fields and `experts_per_token`, the number in force. progress is called
-    with (bytes read, bytes in all) while weights are loaded. Raises ReadError, CheckpointError (a
-    weight is infinite or NaN), KeyboardInterrupt.
+    config holds ModelConfig's fields and `experts_per_token`, the number in force. progress is
+    called with (bytes read, bytes in all) while weights are loaded. Raises ReadError,
+    CheckpointError (a weight is infinite or NaN), KeyboardInterrupt.
     """
 
     def __init__(
