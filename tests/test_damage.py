@@ -224,6 +224,16 @@ def a_shape_that_overflows_64_bits(directory: Path) -> None:
     edit_header(directory, lambda header: header[GATE].update(shape=[1 << 62, 1 << 62]))
 
 
+@damage("base", WEIGHTS, GATE, "expected at most 16 integers")
+def a_shape_whose_product_is_endless(directory: Path) -> None:
+    edit_header(directory, lambda header: header[GATE].update(shape=[1 << 62] * 100_000))
+
+
+@damage("base", WEIGHTS, GATE, "expected at most 16 integers")
+def a_shape_of_a_thousand_digits(directory: Path) -> None:
+    edit_header(directory, lambda header: header[GATE].update(shape=[10**1000]))
+
+
 @damage("base", WEIGHTS, GATE, "expected [begin, end]")
 def offsets_that_are_negative(directory: Path) -> None:
     edit_header(directory, lambda header: header[GATE].update(data_offsets=[-4096, 0]))

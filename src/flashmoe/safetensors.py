@@ -149,14 +149,21 @@ def _parse_kind(path: Path, name: str, dtype: Any, shape: Any) -> tuple[int, tup
         raise CheckpointError(f"{path}: tensor {name}: unknown dtype {_short(dtype)}")
     if not _are_counts(shape):
         raise CheckpointError(
-            f"{path}: tensor {name}: shape is {_short(shape)}, expected a list of integers >= 0"
+            f"{path}: tensor {name}: shape is {_short(shape)}, expected at most 16 integers >= 0"
         )
     return math.prod(shape) * bits, tuple(shape)
 
 
 def _are_counts(value: Any) -> bool:
-    # bool is an int to Python, but true is not a count.
-    return isinstance(value, list) and {*map(type, value)} <= {int} and min(value, default=0) >= 0
+    # bool is an int to Python, but true is not a count. Few and below 2^63, or else a shape's
+    # product might take minutes to compute.
+    return (
+        isinstance(value, list)
+        and len(value) <= 16
+        and {*map(type, value)} <= {int}
+        and min(value, default=0) >= 0
+        and max(value, default=0) < 1 << 63
+    )
 
 
 def _check_cover(path: Path, tensors: list[Tensor], start: int, size: int) -> None:
