@@ -130,7 +130,9 @@ def main() -> None:
     for seed, start in enumerate(SAMPLES):
         torch.manual_seed(seed)
         options = {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.95}
-        print(f"[seed {seed}] {start}{generate(model, tokenizer, start, 80, **options)}\n", flush=True)
+        print(
+            f"[seed {seed}] {start}{generate(model, tokenizer, start, 80, **options)}\n", flush=True
+        )
     found = prompts(model, tokenizer, args.work / "prompts.jsonl", args.prompts)
     print(json.dumps(found, indent=1))
 

@@ -156,9 +156,7 @@ def check() -> None:
             out = out[0] if isinstance(out, tuple) else out
             (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
             results.append([out, *(i.grad for i in inputs)])
-        worst = max(
-            ((a - b).norm() / b.norm()).item() for a, b in zip(*results, strict=True)
-        )
+        worst = max(((a - b).norm() / b.norm()).item() for a, b in zip(*results, strict=True))
         print(f"{name}: largest relative difference {worst:.1e}")
         assert worst < 2e-5, name
 

@@ -14,7 +14,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from lxml import etree, html as lxml_html
+from lxml import etree
+from lxml import html as lxml_html
 
 Document = list[str]
 

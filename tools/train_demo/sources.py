@@ -55,9 +55,12 @@ MANUALS = [
     Source("gnome-devel-docs", "mallard", r"/help/C/.*\.page$"),
     Source("gnucash-docs", files=r"/C/.*\.html$"),
     Source("linux-doc-6.1", files=r"/html/(?!translations).*\.html$", limit_mb=20),
-    Source("rust-doc", files=r"/html/(book|nomicon|reference|rust-by-example|rustc|cargo|"
-           r"edition-guide|embedded-book|rustdoc|std|alloc)/(?!.*print\.html).*\.html$",
-           limit_mb=10),
+    Source(
+        "rust-doc",
+        files=r"/html/(book|nomicon|reference|rust-by-example|rustc|cargo|"
+        r"edition-guide|embedded-book|rustdoc|std|alloc)/(?!.*print\.html).*\.html$",
+        limit_mb=10,
+    ),
     Source("postgresql-doc-15", limit_mb=12),
     Source("python3.11-doc", limit_mb=12),
     Source("perl-doc", "pod", r"\.pod$", limit_mb=12),

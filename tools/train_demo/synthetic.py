@@ -134,8 +134,10 @@ def spoken(value: Json) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list):
-        return " and ".join(map(spoken, value)) if len(value) < 3 else (
-            ", ".join(map(spoken, value[:-1])) + " and " + spoken(value[-1])
+        return (
+            " and ".join(map(spoken, value))
+            if len(value) < 3
+            else (", ".join(map(spoken, value[:-1])) + " and " + spoken(value[-1]))
         )
     return str(value)
 
@@ -257,7 +259,11 @@ def tool_dialogue(r: random.Random) -> Json:
     shown = {key: result[key] for key in wanted} or {"status": "ok"}
     messages = [
         {"role": "user", "content": r.choice(requests).format(**said)},
-        {"role": "assistant", "content": "", "tool_calls": [{"name": name, "arguments": arguments}]},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"name": name, "arguments": arguments}],
+        },
         {"role": "tool", "content": json.dumps(shown)},
         {"role": "assistant", "content": reply.format(**{**result, **said})},
     ]

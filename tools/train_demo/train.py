@@ -233,9 +233,7 @@ class Trainer:
         compiled once more, which takes longer than the validation."""
         rows = self.streams.valid()
         size = self.args.micro or self.args.rows
-        losses = [
-            self.forward(part).item() for part in rows.split(size) if len(part) == size
-        ]
+        losses = [self.forward(part).item() for part in rows.split(size) if len(part) == size]
         return sum(losses) / len(losses) * self.meta["valid_tokens_per_byte"] / math.log(2)
 
     def save(self, final: bool) -> None:
