@@ -4,91 +4,57 @@
 // is added to partial sum g mod 16, and the 16 sums are then added pairwise (i and i + 8, + 4, + 2,
 // + 1), without fused operations: every instruction set gives the same bits.
 
-void quantise(const float* x, int token, int begin, int end, const Int8Input& out) {
-  const int group = out.group, planes = 8 / out.bits;
-  int8_t* values = out.values + token * out.stride;
-  float* scales = out.scales + static_cast<ptrdiff_t>(token) * out.group_stride;
-  float* sums = out.sums + static_cast<ptrdiff_t>(token) * out.group_stride;
-  for (int g = begin; g < end; ++g) {
-    const float* from = x + static_cast<ptrdiff_t>(g) * group;
-    // The magnitudes of floats are ordered as their bits are, NaN largest: it reaches the scale.
-    Ints top = {};
-    for (int i = 0; i < group; i += kLanes) {
-      const Ints magnitude = reinterpret_cast<Ints>(load(from + i)) & 0x7fffffff;
-      top = magnitude > top ? magnitude : top;
-    }
-    int32_t largest_bits = 0;
-    for (int i = 0; i < kLanes; ++i) largest_bits = top[i] > largest_bits ? top[i] : largest_bits;
-    const float largest_value = __builtin_bit_cast(float, largest_bits);
-    const float inverse = largest_value > 1e-30f ? 127.0f / largest_value : 0.0f;
-    int8_t q[128];
-    Ints total = {};
-    for (int i = 0; i < group; i += kLanes) {
-      const Floats rounded = load(from + i) * inverse + 12582912.0f;  // see exponential()
-      const Ints value = reinterpret_cast<Ints>(rounded) - 0x4b400000;
-      total += value;
-      for (int lane = 0; lane < kLanes; ++lane) q[i + lane] = static_cast<int8_t>(value[lane]);
-    }
-    int32_t sum_of_values = 0;
-    for (int lane = 0; lane < kLanes; ++lane) sum_of_values += total[lane];
-    scales[g] = largest_value / 127.0f;
-    sums[g] = static_cast<float>(sum_of_values);
-    const ptrdiff_t byte = static_cast<ptrdiff_t>(g) * group / planes;
-    for (int p = 0; p < planes; ++p) {
-      for (int j = 0; j < group / planes; ++j) {
-        const ptrdiff_t at = byte + j;
-        values[at / 64 * 64 * planes + p * 64 + at % 64] = q[j * planes + p];
-      }
-    }
+FLASHMOE_INLINE float pairwise_sum(const Block<Floats>& sums) {
+  Floats total = sums.part[0];
+  if constexpr (kParts == 2) total = sums.part[0] + sums.part[1];
+  if constexpr (kParts == 4) {
+    total = (sums.part[0] + sums.part[2]) + (sums.part[1] + sums.part[3]);
   }
+  return sum(total);
 }
 
-template <DType D>
-FLASHMOE_INLINE void load_scales(const std::byte* from, int64_t first, int count, float* out) {
-  for (int i = 0; i < count; ++i) out[i] = load_float(from, D, static_cast<size_t>(first + i));
-  for (int i = count; i < 16; ++i) out[i] = 0;
-}
-
-FLASHMOE_INLINE float pairwise_sum(float* sums) {
-  for (int half = 8; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+// One token at a time: a vector holds groups.
+template <int Bits, int Group, DType D>
+FLASHMOE_INLINE float row_product(const Matrix& m, int64_t row, const Int8Input& x,
+                                  ptrdiff_t token) {
+  constexpr int kGroupBytes = Group * Bits / 8;
+  const int64_t first = row * x.groups;
+  const auto* weight = reinterpret_cast<const uint8_t*>(m.weight) + first * kGroupBytes;
+  const int8_t* values = x.values + token * x.stride;
+  const float* input_scales = x.scales + token * x.group_stride;
+  const float* input_sums = x.sums + token * x.group_stride;
+  Block<Floats> sums = {};
+  for (int g = 0; g < x.groups; g += 16) {
+    const int count = x.groups - g < 16 ? x.groups - g : 16;
+    const Block<Floats> scales = load_block<D>(m.scales, first + g, count);
+    const Block<Floats> biases = load_block<D>(m.biases, first + g, count);
+    const Block<Ints> dots = group_dots<Bits, Group>(weight + g * kGroupBytes, count,
+                                                     values + g * (Group * Bits / 8) * (8 / Bits));
+    for (int i = 0; i < kParts; ++i) {
+      const Floats exact = __builtin_convertvector(dots.part[i], Floats);
+      const Floats term =
+          scales.part[i] * exact + biases.part[i] * load(input_sums + g + i * kLanes);
+      sums.part[i] += term * load(input_scales + g + i * kLanes);
+    }
   }
-  return sums[0];
+  return pairwise_sum(sums);
 }
 
 template <int Bits, int Group, DType D>
 void matmul_int8_format(const Rows& rows, const Int8Input& x) {
-  const Matrix& m = *rows.weight;
-  constexpr int kPlanes = 8 / Bits;
-  constexpr int kGroupBytes = Group * Bits / 8;
-  const int groups = x.groups;
-  for (int row = rows.begin; row < rows.end; ++row) {
-    const auto* weight = reinterpret_cast<const uint8_t*>(m.weight) +
-                         static_cast<int64_t>(row) * groups * kGroupBytes;
-    const int64_t first_group = static_cast<int64_t>(row) * groups;
+  constexpr int kFewTokens = 3;  // not worth unpacking a tile for
+  int row = rows.begin;
+  if (rows.n > kFewTokens) {
+    for (; row + kBatchRows <= rows.end; row += kBatchRows) {
+      batch_product<Bits, Group, D>(rows, row, x);
+    }
+  }
+  for (; row < rows.end; ++row) {
     for (int t = 0; t < rows.n; ++t) {
       const ptrdiff_t input = rows.inputs ? rows.inputs[t] : t;
       const ptrdiff_t output = rows.outputs ? rows.outputs[t] : t;
-      const int8_t* values = x.values + input * x.stride;
-      const float* input_scales = x.scales + input * x.group_stride;
-      const float* input_sums = x.sums + input * x.group_stride;
-      float sums[16] = {};
-      for (int g = 0; g < groups; g += 16) {
-        const int count = groups - g < 16 ? groups - g : 16;
-        float scales[16], biases[16];
-        int32_t dots[16] = {};
-        load_scales<D>(m.scales, first_group + g, count, scales);
-        load_scales<D>(m.biases, first_group + g, count, biases);
-        group_dots<Bits, Group>(weight + static_cast<ptrdiff_t>(g) * kGroupBytes, count,
-                                values + static_cast<ptrdiff_t>(g) * kGroupBytes * kPlanes, dots);
-        for (int i = 0; i < 16; ++i) {
-          const float term =
-              scales[i] * static_cast<float>(dots[i]) + biases[i] * input_sums[g + i];
-          sums[i] += term * input_scales[g + i];
-        }
-      }
       float* out = rows.out + output * rows.out_stride + row;
-      const float value = pairwise_sum(sums);
+      const float value = row_product<Bits, Group, D>(*rows.weight, row, x, input);
       *out = rows.add ? *out + value : value;
     }
   }

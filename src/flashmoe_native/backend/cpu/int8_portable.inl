@@ -1,10 +1,24 @@
-// Integer dot products of `count` groups of packed weights with values laid out as in Int8Input.
+// Integer dot products in plain C++.
+
+// Sums of weight * value over four columns for each of kLanes rows; x holds the four values.
+template <int Bits>
+FLASHMOE_INLINE Ints dot_four(Ints sums, Ints weight, int32_t x) {
+  for (int byte = 0; byte < 4; ++byte) {
+    sums += ((weight >> (8 * byte)) & 255) * static_cast<int8_t>(x >> (8 * byte));
+  }
+  return sums;
+}
+
+FLASHMOE_INLINE void transpose(Ints (&rows)[kLanes]) {
+  const Ints a = rows[0], b = rows[1], c = rows[2], d = rows[3];
+  for (int i = 0; i < kLanes; ++i) rows[i] = Ints{a[i], b[i], c[i], d[i]};
+}
 
 template <int Bits, int Group>
-FLASHMOE_INLINE void group_dots(const uint8_t* weight, int count, const int8_t* values,
-                                int32_t* dots) {
+FLASHMOE_INLINE Block<Ints> group_dots(const uint8_t* weight, int count, const int8_t* values) {
   constexpr int kPlanes = 8 / Bits;
   constexpr int kBytes = Group * Bits / 8;
+  Block<Ints> dots = {};
   for (int g = 0; g < count; ++g) {
     int32_t total = 0;
     for (int byte = g * kBytes; byte < (g + 1) * kBytes; ++byte) {
@@ -13,6 +27,7 @@ FLASHMOE_INLINE void group_dots(const uint8_t* weight, int count, const int8_t* 
         total += ((weight[byte] >> (p * Bits)) & ((1 << Bits) - 1)) * plane[p * 64];
       }
     }
-    dots[g] = total;
+    dots.part[g / kLanes][g % kLanes] = total;
   }
+  return dots;
 }

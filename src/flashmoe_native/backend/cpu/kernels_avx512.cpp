@@ -1,6 +1,11 @@
 #include "backend/cpu/kernels.h"
 
 #ifdef __AVX512VNNI__
+// GCC 12 takes its own header's deliberately undefined operands for a mistake.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
 #include <immintrin.h>
 #include <math.h>
 

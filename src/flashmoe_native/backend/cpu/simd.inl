@@ -6,6 +6,13 @@ typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 
 #define FLASHMOE_INLINE [[gnu::always_inline]] inline
 
+// Sixteen lanes: sixteen groups of a row, or sixteen rows.
+constexpr int kParts = 16 / kLanes;
+template <class Vector>
+struct Block {
+  Vector part[kParts];
+};
+
 FLASHMOE_INLINE Floats splat(float value) {
   return Floats{} + value;
 }

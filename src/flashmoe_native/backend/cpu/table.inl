@@ -11,6 +11,11 @@
 
 #include FLASHMOE_INT8_DOTS
 
+#include "backend/cpu/int8_quantise.inl"
+#include "backend/cpu/int8_scales.inl"
+
+#include "backend/cpu/int8_batch.inl"
+
 #include "backend/cpu/int8.inl"
 
 constexpr Kernels kTable = {
