@@ -99,7 +99,11 @@ class Exporter:
         self.pending.append(make)
 
     def matrix(
-        self, name: str, source: str, rows: Array | None = None, cols: Array | None = None,
+        self,
+        name: str,
+        source: str,
+        rows: Array | None = None,
+        cols: Array | None = None,
         shape: tuple[int, ...] | None = None,
     ) -> None:
         """rows and cols: where each output row, and each block of 32 columns, comes from."""
@@ -118,14 +122,19 @@ class Exporter:
         self.add(name, shape or (format.rows, format.cols), q4, make)
 
     def vector(
-        self, name: str, source: str, order: Array | None = None,
+        self,
+        name: str,
+        source: str,
+        order: Array | None = None,
         shape: tuple[int, ...] | None = None,
         change: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]] | None = None,
     ) -> None:
         vector = self.checkpoint.vectors[source]
 
         def make() -> Array:
-            data = to_float(stored(self.checkpoint.files, vector.extents), vector.dtype) + float(vector.plus_one)
+            data = to_float(stored(self.checkpoint.files, vector.extents), vector.dtype) + float(
+                vector.plus_one
+            )
             data = data.reshape(shape) if shape else data
             data = data if order is None else data[order]
             return np.ascontiguousarray(change(data) if change else data, np.float32)
@@ -141,7 +150,10 @@ class Exporter:
             def make(index: int = index, format: Format = format) -> Array:
                 files = self.checkpoint.files
                 return np.stack(
-                    [q4_0([stored(files, part) for part in parts[index]], format) for parts in table]
+                    [
+                        q4_0([stored(files, part) for part in parts[index]], format)
+                        for parts in table
+                    ]
                 )
 
             shape = (len(table), format.rows, format.cols)

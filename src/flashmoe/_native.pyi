@@ -15,9 +15,7 @@ class Format:
     dtype is "F32", "F16" or "BF16": of the elements, or of scales and biases where quantised.
     """
 
-    def __init__(
-        self, rows: int, cols: int, dtype: str, bits: int = 0, group: int = 0
-    ) -> None: ...
+    def __init__(self, rows: int, cols: int, dtype: str, bits: int = 0, group: int = 0) -> None: ...
 
 class Checkpoint:
     """Where every weight lies. Names are those of `docs/checkpoints.md`."""

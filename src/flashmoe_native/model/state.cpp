@@ -59,9 +59,10 @@ size_t State::row_bytes() const {
 int64_t State::bytes() const {
   int64_t total = 0;
   for (int layer = 0; layer < config_->layers(); ++layer) {
-    total += config_->attention_layers[layer]
-                 ? static_cast<int64_t>(2 * row_bytes()) * config_->kv_heads * caches[layer].capacity
-                 : static_cast<int64_t>(conv_bytes() + recurrent_bytes());
+    total +=
+        config_->attention_layers[layer]
+            ? static_cast<int64_t>(2 * row_bytes()) * config_->kv_heads * caches[layer].capacity
+            : static_cast<int64_t>(conv_bytes() + recurrent_bytes());
   }
   return total;
 }
