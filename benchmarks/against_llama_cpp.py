@@ -4,10 +4,13 @@
     python benchmarks/make_checkpoint.py /tmp/m1 --preset m1
     python benchmarks/against_llama_cpp.py /tmp/m1
 
-The checkpoint is exported to GGUF (Q4_0, the same weights; see gguf_export.py) beside itself, once. Each
-engine runs in a process of its own; they take turns, so that what the machine does meanwhile meets both.
+The checkpoint is exported to GGUF (Q4_0, the same weights; see gguf_export.py) beside itself,
+once. Each
+engine runs in a process of its own; they take turns, so that what the machine does meanwhile
+meets both.
 Both take in the same ids (no sampling), so the experts that are needed are the same: the largest
-difference of their logits is printed as proof. llama.cpp runs at its default, which repacks weights.
+difference of their logits is printed as proof. llama.cpp runs at its default, which repacks
+weights.
 """
 
 from __future__ import annotations

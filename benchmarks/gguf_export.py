@@ -4,8 +4,10 @@
 
 Matrices of 4 bits become Q4_0: exactly, where bias = -8 * scale (as in the checkpoints of
 make_checkpoint.py) and the scale fits float16; else they are quantised again. Others become F32.
-llama.cpp keeps V heads tiled by K head ([r, Hk] where the checkpoint has [Hk, r]), so rows and columns of
-the GatedDeltaNet projections are moved accordingly (llama.cpp's conversion/qwen.py does the same).
+llama.cpp keeps V heads tiled by K head ([r, Hk] where the checkpoint has [Hk, r]), so rows
+and columns of
+the GatedDeltaNet projections are moved accordingly (llama.cpp's conversion/qwen.py does the
+same).
 Needs `gguf` from PyPI.
 """
 
@@ -80,7 +82,7 @@ def dense(parts: list[npt.NDArray[np.uint8]], format: Format) -> npt.NDArray[np.
 
 
 class Exporter:
-    """Collects what llama.cpp wants to know of each tensor first, and makes the data when written."""
+    """Collects what llama.cpp wants to know of each tensor; data is made when it is written."""
 
     def __init__(self, checkpoint: Checkpoint, out: Path) -> None:
         self.checkpoint = checkpoint

@@ -36,7 +36,7 @@ def test_greedy_tokens_equal_transformers(name: str, checkpoint: GetCheckpoint) 
     model = checkpoints.reference(name)
     prompt = random_ids(model.config.vocab_size, 20, seed=2)
     ours = TestEngine(checkpoint(name)).greedy(prompt, 64)
-    # Greedy decoding of transformers is ours if each of our tokens is its likeliest after those before.
+    # transformers would decode as we did if each of our tokens is its likeliest after those before.
     theirs = their_logits(model, np.concatenate([prompt, np.array(ours[:-1], np.int32)]))
     assert ours == theirs[len(prompt) - 1 :].argmax(axis=1).tolist()
 
