@@ -26,6 +26,10 @@ FLASHMOE_INLINE float row_product(const Matrix& m, int64_t row, const Int8Input&
   Block<Floats> sums = {};
   for (int g = 0; g < x.groups; g += 16) {
     const int count = x.groups - g < 16 ? x.groups - g : 16;
+    // Rows follow one another in memory; the hardware alone starts anew at every page.
+    for (int line = 0; line < 16 * kGroupBytes; line += 64) {
+      __builtin_prefetch(weight + g * kGroupBytes + 4096 + line);
+    }
     const Block<Floats> scales = load_block<D>(m.scales, first + g, count);
     const Block<Floats> biases = load_block<D>(m.biases, first + g, count);
     const Block<Ints> dots = group_dots<Bits, Group>(weight + g * kGroupBytes, count,
