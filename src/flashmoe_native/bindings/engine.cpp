@@ -257,6 +257,18 @@ nb::dict statistics(const Engine& engine) {
   result["resident_bytes"] = now.resident_bytes;
   result["slot_bytes"] = now.slot_bytes;
   result["activation_bytes"] = now.activation_bytes;
+  result["head_seconds"] = now.head_seconds;
+  nb::list layers;
+  for (const LayerTimes& times : now.layers) {
+    nb::dict layer;
+    layer["mixer"] = times.mixer;
+    layer["router"] = times.router;
+    layer["wait"] = times.wait;
+    layer["experts"] = times.experts;
+    layer["combine"] = times.combine;
+    layers.append(layer);
+  }
+  result["layers"] = layers;
   return result;
 }
 

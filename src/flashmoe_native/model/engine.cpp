@@ -91,7 +91,9 @@ Engine::Statistics Engine::statistics() const {
           .forward_seconds = forward_seconds_,
           .resident_bytes = weights_->bytes,
           .slot_bytes = store_->slot_bytes(),
-          .activation_bytes = forward_->bytes()};
+          .activation_bytes = forward_->bytes(),
+          .layers = forward_->layer_times(),
+          .head_seconds = forward_->head_seconds()};
 }
 
 void Engine::close() {

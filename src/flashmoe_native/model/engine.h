@@ -36,6 +36,8 @@ class Engine {
     int64_t tokens = 0;
     double forward_seconds = 0;
     int64_t resident_bytes = 0, slot_bytes = 0, activation_bytes = 0;
+    std::vector<LayerTimes> layers;
+    double head_seconds = 0;
   };
 
   Engine(ModelConfig config, CheckpointSpec spec, const Options& options, const Progress& progress);

@@ -1,6 +1,7 @@
 #include "model/forward.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <string>
@@ -12,6 +13,19 @@ namespace flashmoe {
 namespace {
 
 constexpr int kHeadRows = 16;  // rows of logits computed at a time
+
+// Adds the time since it was made, or since the last call, to one sum after another.
+class Stopwatch {
+ public:
+  void lap(double& seconds) {
+    const auto now = std::chrono::steady_clock::now();
+    seconds += std::chrono::duration<double>(now - last_).count();
+    last_ = now;
+  }
+
+ private:
+  std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
+};
 
 size_t size(int a, int b) {
   return static_cast<size_t>(a) * static_cast<size_t>(b);
@@ -27,7 +41,8 @@ Forward::Forward(Backend& backend, const ModelConfig& config, const Weights& wei
       store_(store),
       chunk_(chunk),
       next_deltas_(allocate_deltas(backend, config)),
-      first_(static_cast<size_t>(config.experts) + 1) {
+      first_(static_cast<size_t>(config.experts) + 1),
+      layer_times_(static_cast<size_t>(config.layers())) {
   const int key_values = config.kv_heads * config.head_dim;
   x_ = floats(size(chunk, config.hidden));
   normed_ = floats(size(chunk, config.hidden));
@@ -65,6 +80,7 @@ void Forward::run(State& state, std::span<const int32_t> ids, bool all_logits, f
     backend_.embed(weights_.embed_tokens, ids, x_);
     for (int layer = 0; layer < config_.layers(); ++layer) {
       check();
+      Stopwatch watch;
       backend_.rms_norm(n, config_.hidden, x_, weights_.layers[layer].input_layernorm,
                         config_.norm_eps, normed_);
       if (config_.attention_layers[layer]) {
@@ -72,14 +88,15 @@ void Forward::run(State& state, std::span<const int32_t> ids, bool all_logits, f
       } else {
         linear_attention(layer, n, state);
       }
-      backend_.rms_norm(n, config_.hidden, x_, weights_.layers[layer].post_attention_layernorm,
-                        config_.norm_eps, normed_);
+      watch.lap(layer_times_[layer].mixer);
       mixture_of_experts(layer, n, check);
     }
     backend_.finish();
     check_finite(config_.layers(), n);
     store_.release();
+    Stopwatch watch;
     if (logits) head(n, all_logits, logits);
+    watch.lap(head_seconds_);
   } catch (...) {
     store_.cancel();
     backend_.finish();
@@ -153,12 +170,16 @@ void Forward::full_attention(int layer, int n, State& state) {
 
 void Forward::mixture_of_experts(int layer, int n, const std::function<void()>& check) {
   const LayerWeights& w = weights_.layers[layer];
+  LayerTimes& times = layer_times_[layer];
+  Stopwatch watch;
+  backend_.rms_norm(n, config_.hidden, x_, w.post_attention_layernorm, config_.norm_eps, normed_);
   const Product inputs[] = {{&w.router, router_logits_}, {&w.shared_expert_gate, shared_gate_}};
   backend_.matmul(n, normed_, inputs);
   backend_.route(n, config_.experts, config_.top_k, config_.renormalise, router_logits_, ids_,
                  expert_weights_);
   backend_.finish();
   check_finite(layer, n);
+  watch.lap(times.router);
   group_by_expert(n);
   store_.release();
   store_.start(layer, needed_);
@@ -179,7 +200,9 @@ void Forward::mixture_of_experts(int layer, int n, const std::function<void()>& 
       backend_.finish();
       store_.release();
     }
+    watch.lap(times.experts);
     arrived = store_.next(check);
+    watch.lap(times.wait);
     if (arrived.empty()) break;
     calls_.clear();
   }
@@ -190,6 +213,7 @@ void Forward::mixture_of_experts(int layer, int n, const std::function<void()>& 
                        .shared_out = shared_out_,
                        .shared_gate = shared_gate_,
                        .x = x_});
+  watch.lap(times.combine);
 }
 
 void Forward::group_by_expert(int n) {

@@ -15,6 +15,16 @@
 
 namespace flashmoe {
 
+// Where the time of a layer went, in seconds, as the host saw it: with a backend that works beside
+// the host, an operation's time is counted where the host waits for it.
+struct LayerTimes {
+  double mixer = 0;    // norm, GatedDeltaNet or attention
+  double router = 0;   // norm, router, top-k
+  double wait = 0;     // for experts from disk
+  double experts = 0;  // the shared one too
+  double combine = 0;
+};
+
 class Forward {
  public:
   // Tokens go through in chunks of at most `chunk`, which bounds the memory for activations; a
@@ -31,6 +41,9 @@ class Forward {
 
   int chunk() const { return chunk_; }
   int64_t bytes() const { return bytes_; }
+  // Summed over all runs.
+  const std::vector<LayerTimes>& layer_times() const { return layer_times_; }
+  double head_seconds() const { return head_seconds_; }
 
  private:
   float* floats(size_t count);
@@ -79,6 +92,9 @@ class Forward {
   int32_t* every_;   // 0, 1, ..., chunk - 1
   std::vector<int32_t> needed_;
   std::vector<ExpertCall> calls_;
+
+  std::vector<LayerTimes> layer_times_;
+  double head_seconds_ = 0;
 };
 
 }  // namespace flashmoe

@@ -85,7 +85,7 @@ class CpuBackend final : public Backend {
       throw std::invalid_argument("convolution kernel of " + std::to_string(call.kernel) +
                                   " taps; at most " + std::to_string(kMaxConvKernel));
     }
-    const int step = std::max(64, round_up(kSmall / n, 16));
+    const int step = std::max(64, round_up(kSmall / (call.kernel * n), 16));
     pool_.parallel_for(divide_up(call.channels, step), [&](int task, int) {
       kernels_.causal_conv(n, call, task * step, std::min((task + 1) * step, call.channels));
     });

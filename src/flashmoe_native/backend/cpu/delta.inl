@@ -24,16 +24,19 @@ struct DeltaToken {
   float key_query;  // k · q
 };
 
-// One token on kDeltaColumns columns of the state, with o = S_new^T q written as
-// decay S^T q + (k · q) d so that the state is read once for both sums.
+// One token on kDeltaColumns columns of the state, whose rows are `stride` apart, with
+// o = S_new^T q written as decay S^T q + (k · q) d so that the state is read once for both sums.
+// `state_out` may be `state`; with Stream it is written past the caches.
+template <bool Stream>
 FLASHMOE_INLINE void delta_step(int key_dim, const DeltaToken& token, const float* k,
-                                const float* q, const float* v, float* state, float* out) {
+                                const float* q, const float* v, ptrdiff_t stride,
+                                const float* state, float* state_out, float* out) {
   constexpr int kVectors = kDeltaColumns / kLanes;
   Floats by_key[kVectors] = {}, by_query[kVectors] = {};
   for (int i = 0; i < key_dim; ++i) {
     const Floats key = splat(k[i]), query = splat(q[i]);
     for (int c = 0; c < kVectors; ++c) {
-      const Floats s = load(state + i * kDeltaColumns + c * kLanes);
+      const Floats s = load(state + i * stride + c * kLanes);
       by_key[c] = multiply_add(s, key, by_key[c]);
       by_query[c] = multiply_add(s, query, by_query[c]);
     }
@@ -46,8 +49,13 @@ FLASHMOE_INLINE void delta_step(int key_dim, const DeltaToken& token, const floa
   for (int i = 0; i < key_dim; ++i) {
     const Floats key = splat(k[i]);
     for (int c = 0; c < kVectors; ++c) {
-      float* s = state + i * kDeltaColumns + c * kLanes;
-      store(s, multiply_add(key, d[c], load(s) * token.decay));
+      const ptrdiff_t at = i * stride + c * kLanes;
+      const Floats s = multiply_add(key, d[c], load(state + at) * token.decay);
+      if constexpr (Stream) {
+        stream(state_out + at, s);
+      } else {
+        store(state_out + at, s);
+      }
     }
   }
 }
@@ -97,6 +105,12 @@ void gated_delta(int n, const DeltaCall& call, int head, float* scratch) {
     }
     for (int column = 0; column < value_dim; column += kDeltaColumns) {
       const int count = value_dim - column < kDeltaColumns ? value_dim - column : kDeltaColumns;
+      if (n == 1 && count == kDeltaColumns) {
+        const float* v = call.qkv + 2 * key_width + value_offset + column;
+        delta_step<true>(key_dim, tokens[0], normed_keys, queries, v, value_dim, state_in + column,
+                         state_out + column, outputs + column);
+        continue;
+      }
       for (int i = 0; i < key_dim; ++i) {
         for (int c = 0; c < kDeltaColumns; c += kLanes) {
           store(state + i * kDeltaColumns + c,
@@ -110,8 +124,8 @@ void gated_delta(int n, const DeltaCall& call, int head, float* scratch) {
         for (int c = 0; c < kDeltaColumns; c += kLanes) {
           store(value + c, load(v + column + c, count - c));
         }
-        delta_step(key_dim, tokens[i], normed_keys + i * keys, queries + i * keys, value, state,
-                   outputs + i * values + column);
+        delta_step<false>(key_dim, tokens[i], normed_keys + i * keys, queries + i * keys, value,
+                          kDeltaColumns, state, state, outputs + i * values + column);
       }
       for (int i = 0; i < key_dim; ++i) {
         for (int c = 0; c < count; c += kLanes) {
@@ -127,4 +141,5 @@ void gated_delta(int n, const DeltaCall& call, int head, float* scratch) {
                  call.out + at);
     }
   }
+  fence_streams();
 }

@@ -44,6 +44,52 @@ FLASHMOE_INLINE float row_product(const Matrix& m, int64_t row, const Int8Input&
   return pairwise_sum(sums);
 }
 
+// Adds to each lane the one `Half` lanes away.
+template <int Half, int... Lane>
+FLASHMOE_INLINE Floats add_neighbours(Floats value, std::integer_sequence<int, Lane...>) {
+  return value + __builtin_shufflevector(value, value, (Lane ^ Half)...);
+}
+template <int Half>
+FLASHMOE_INLINE Block<Floats> add_neighbours(const Block<Floats>& sums) {
+  Block<Floats> result;
+  for (int i = 0; i < kParts; ++i) {
+    if constexpr (Half >= kLanes) {
+      result.part[i] = sums.part[i] + sums.part[i ^ (Half / kLanes)];
+    } else {
+      result.part[i] =
+          add_neighbours<Half>(sums.part[i], std::make_integer_sequence<int, kLanes>());
+    }
+  }
+  return result;
+}
+
+// As many rows as the input has copies: a vector holds the groups of them all. The sums of a row
+// that lanes 8 to 15, ... would hold are zero, and are left out.
+template <int Bits, int Group, DType D>
+FLASHMOE_INLINE void short_rows_product(const Matrix& m, int64_t row, const Int8Input& x,
+                                        ptrdiff_t token, float (&products)[16]) {
+  const int64_t first = row * x.groups;
+  const auto* weight = reinterpret_cast<const uint8_t*>(m.weight) + first * (Group * Bits / 8);
+  for (int line = 0; line < 16 * Group * Bits / 8; line += 64) {
+    __builtin_prefetch(weight + 4096 + line);
+  }
+  const Block<Floats> scales = load_block<D>(m.scales, first, 16);
+  const Block<Floats> biases = load_block<D>(m.biases, first, 16);
+  const Block<Ints> dots = group_dots<Bits, Group>(weight, 16, x.values + token * x.stride);
+  const float* input_scales = x.scales + token * x.group_stride;
+  const float* input_sums = x.sums + token * x.group_stride;
+  Block<Floats> sums = {};
+  for (int i = 0; i < kParts; ++i) {
+    const Floats exact = __builtin_convertvector(dots.part[i], Floats);
+    const Floats term = scales.part[i] * exact + biases.part[i] * load(input_sums + i * kLanes);
+    sums.part[i] += term * load(input_scales + i * kLanes);
+  }
+  if (x.groups >= 8) sums = add_neighbours<4>(sums);
+  if (x.groups >= 4) sums = add_neighbours<2>(sums);
+  if (x.groups >= 2) sums = add_neighbours<1>(sums);
+  for (int i = 0; i < kParts; ++i) store(products + i * kLanes, sums.part[i]);
+}
+
 template <int Bits, int Group, DType D>
 void matmul_int8_format(const Rows& rows, const Int8Input& x) {
   constexpr int kFewTokens = 3;  // not worth unpacking a tile for
@@ -51,6 +97,20 @@ void matmul_int8_format(const Rows& rows, const Int8Input& x) {
   if (rows.n > kFewTokens) {
     for (; row + kBatchRows <= rows.end; row += kBatchRows) {
       batch_product<Bits, Group, D>(rows, row, x);
+    }
+  }
+  if (x.copies > 1) {
+    for (; row + x.copies <= rows.end; row += x.copies) {
+      for (int t = 0; t < rows.n; ++t) {
+        const ptrdiff_t input = rows.inputs ? rows.inputs[t] : t;
+        const ptrdiff_t output = rows.outputs ? rows.outputs[t] : t;
+        float products[16];
+        short_rows_product<Bits, Group, D>(*rows.weight, row, x, input, products);
+        float* out = rows.out + output * rows.out_stride + row;
+        for (int i = 0; i < x.copies; ++i) {
+          out[i] = rows.add ? out[i] + products[i * x.groups] : products[i * x.groups];
+        }
+      }
     }
   }
   for (; row < rows.end; ++row) {

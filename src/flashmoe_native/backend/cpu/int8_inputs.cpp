@@ -9,10 +9,20 @@ size_t round_up(size_t value, size_t unit) {
   return (value + unit - 1) / unit * unit;
 }
 
+size_t row_bytes(const Matrix& weight) {
+  return static_cast<size_t>(weight.cols) * static_cast<size_t>(weight.bits) / 8;
+}
+
+// A copy begins at a whole plane.
+int copies_of(const Matrix& weight) {
+  const int groups = weight.cols / weight.group;
+  return 16 % groups == 0 && row_bytes(weight) % 64 == 0 ? 16 / groups : 1;
+}
+
 }  // namespace
 
 size_t int8_bytes(const Matrix& weight, int n) {
-  const size_t row = round_up(static_cast<size_t>(weight.cols) * weight.bits / 8, 64);
+  const size_t row = round_up(row_bytes(weight) * static_cast<size_t>(copies_of(weight)), 64);
   const size_t groups = round_up(static_cast<size_t>(weight.cols / weight.group), 16);
   return static_cast<size_t>(n) * (row * 8 / weight.bits + 2 * sizeof(float) * groups);
 }
@@ -23,7 +33,8 @@ Int8Input make_int8_input(const Matrix& weight, int n, std::byte* memory) {
   input.group = weight.group;
   input.groups = weight.cols / weight.group;
   const size_t planes = 8 / static_cast<size_t>(weight.bits);
-  const size_t row = static_cast<size_t>(weight.cols) / planes;
+  input.copies = copies_of(weight);
+  const size_t row = row_bytes(weight) * static_cast<size_t>(input.copies);
   input.stride = static_cast<ptrdiff_t>(round_up(row, 64) * planes);
   input.group_stride = static_cast<int>(round_up(static_cast<size_t>(input.groups), 16));
   const size_t scales = static_cast<size_t>(n) * static_cast<size_t>(input.group_stride);
@@ -31,8 +42,9 @@ Int8Input make_int8_input(const Matrix& weight, int n, std::byte* memory) {
   input.sums = input.scales + scales;
   input.values = reinterpret_cast<int8_t*>(input.sums + scales);
   for (int t = 0; t < n; ++t) {
-    const ptrdiff_t at = ptrdiff_t{t} * input.group_stride + input.groups;
-    const size_t padding = static_cast<size_t>(input.group_stride - input.groups) * sizeof(float);
+    const int filled = input.copies * input.groups;
+    const ptrdiff_t at = ptrdiff_t{t} * input.group_stride + filled;
+    const size_t padding = static_cast<size_t>(input.group_stride - filled) * sizeof(float);
     std::memset(input.scales + at, 0, padding);
     std::memset(input.sums + at, 0, padding);
     if (row % 64 != 0) {

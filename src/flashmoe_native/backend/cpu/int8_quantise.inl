@@ -27,13 +27,16 @@ void quantise(const float* x, int token, int begin, int end, const Int8Input& ou
     }
     int32_t sum_of_values = 0;
     for (int lane = 0; lane < kLanes; ++lane) sum_of_values += total[lane];
-    scales[g] = largest_value / 127.0f;
-    sums[g] = static_cast<float>(sum_of_values);
-    const ptrdiff_t byte = static_cast<ptrdiff_t>(g) * group / planes;
-    for (int p = 0; p < planes; ++p) {
-      for (int j = 0; j < group / planes; ++j) {
-        const ptrdiff_t at = byte + j;
-        values[at / 64 * 64 * planes + p * 64 + at % 64] = q[j * planes + p];
+    for (int copy = 0; copy < out.copies; ++copy) {
+      const int to = copy * out.groups + g;
+      scales[to] = largest_value / 127.0f;
+      sums[to] = static_cast<float>(sum_of_values);
+      const ptrdiff_t byte = static_cast<ptrdiff_t>(to) * group / planes;
+      for (int p = 0; p < planes; ++p) {
+        for (int j = 0; j < group / planes; ++j) {
+          const ptrdiff_t at = byte + j;
+          values[at / 64 * 64 * planes + p * 64 + at % 64] = q[j * planes + p];
+        }
       }
     }
   }

@@ -16,9 +16,11 @@ namespace flashmoe {
 // An input quantised for matrices of `bits` and `group`: x = scale * q for each group of columns,
 // q = round(x * 127 / max |x|). The order of the values is that of the weights in memory: in 64
 // bytes of a row, byte j holds elements j * planes + p for p < planes = 8 / bits, so those
-// elements' values are plane p's byte j, and the planes of 64 bytes each follow one another.
+// elements' values are plane p's byte j, and the planes of 64 bytes each follow one another. A
+// row of 8, 4, 2 or 1 groups is repeated until there are 16, so that a vector meets several rows.
 struct Int8Input {
   int bits, group, groups;
+  int copies;        // of the row; 1 where it is not repeated
   ptrdiff_t stride;  // of `values` from token to token, whole 64-byte planes
   int group_stride;  // of `scales` and `sums`, `groups` rounded up to 16
   int8_t* values;    // zero past the last column

@@ -1,3 +1,5 @@
+#include <utility>
+
 #include "backend/cpu/kernels.h"
 
 #ifdef __AVX2__

@@ -1,5 +1,7 @@
 #include <math.h>
 
+#include <utility>
+
 #include "backend/cpu/kernels.h"
 
 namespace flashmoe {

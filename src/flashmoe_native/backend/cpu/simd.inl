@@ -27,6 +27,26 @@ FLASHMOE_INLINE void store(float* to, Floats value) {
   __builtin_memcpy(to, &value, sizeof value);
 }
 
+// For what is not read again soon: past the caches where the address allows it. Call
+// fence_streams() before another thread may read it.
+FLASHMOE_INLINE void stream(float* to, Floats value) {
+#if defined(__AVX512F__)
+  if (reinterpret_cast<uintptr_t>(to) % 64 == 0) {
+    return _mm512_stream_ps(to, reinterpret_cast<__m512>(value));
+  }
+#elif defined(__AVX2__)
+  if (reinterpret_cast<uintptr_t>(to) % 32 == 0) {
+    return _mm256_stream_ps(to, reinterpret_cast<__m256>(value));
+  }
+#endif
+  store(to, value);
+}
+FLASHMOE_INLINE void fence_streams() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 // The first `count` lanes, the others zero; count may be any number.
 FLASHMOE_INLINE Floats load(const float* from, int count) {
   if (count >= kLanes) return load(from);
