@@ -110,6 +110,7 @@ struct EmbedArguments {
 // --------------------------------------------------------- Grid (tokens), 256 threads. `out` may
 // be `x`.
 
+enum NormShape : uint32_t { kNormThreads = 1024 };
 enum NormBuffer : uint32_t {
   kNormX = 0,          // [tokens, width]
   kNormWeight = 1,     // [width]
@@ -133,9 +134,21 @@ enum ProductBuffer : uint32_t {
   kProductX = 0,          // [tokens, columns]
   kProductArguments = 1,  // ProductArguments
   kProductWeight = 4,     // 4 .. 7
-  kProductScales = 8,     // 8 .. 11; anything where dense; likewise biases
-  kProductBiases = 12,    // 12 .. 15
-  kProductOut = 16,       // 16 .. 19: [tokens, rows]
+  kProductWeight1 = 5,
+  kProductWeight2 = 6,
+  kProductWeight3 = 7,
+  kProductScales = 8,  // 8 .. 11; anything where dense; likewise biases
+  kProductScales1 = 9,
+  kProductScales2 = 10,
+  kProductScales3 = 11,
+  kProductBiases = 12,  // 12 .. 15
+  kProductBiases1 = 13,
+  kProductBiases2 = 14,
+  kProductBiases3 = 15,
+  kProductOut = 16,  // 16 .. 19: [tokens, rows]
+  kProductOut1 = 17,
+  kProductOut2 = 18,
+  kProductOut3 = 19,
 };
 struct ProductArguments {
   uint32_t columns;
@@ -282,7 +295,7 @@ struct ExpertArguments {
   uint32_t stride;  // of activations: the largest intermediate, rounded up to a multiple of 4
   uint32_t count;   // of experts, at most kMaxExperts
   uint32_t pairs;
-  ExpertEntry experts[kMaxExperts];  // only the first `count` are read: setBytes may be that short
+  ExpertEntry experts[kMaxExperts];  // only the first `count` are read
 };
 enum ExpertBuffer : uint32_t {
   kExpertX = 0,            // gate_up: [tokens, hidden]
@@ -291,6 +304,13 @@ enum ExpertBuffer : uint32_t {
   kExpertPairRows = 3,     // down: int [pairs]
   kExpertActivations = 4,  // [pairs, stride]
   kExpertSources = 8,      // 8 .. 15; indices that no Location names are bound to anything
+  kExpertSource1 = 9,
+  kExpertSource2 = 10,
+  kExpertSource3 = 11,
+  kExpertSource4 = 12,
+  kExpertSource5 = 13,
+  kExpertSource6 = 14,
+  kExpertSource7 = 15,
 };
 
 // ---- combine: x += sum_j weights[j] expert_out[j] + sigmoid(shared_gate) shared_out

@@ -1,0 +1,176 @@
+// Experts on the tokens that were routed to them, all experts of a layer in two dispatches: gate,
+// up and SwiGLU, then down. The first pair of kernels is for decoding, a threadgroup a block of
+// rows of one (token, expert) pair; the second for prompts, in tiles of an expert's tokens.
+#include "matvec.h"
+#include "tiles.h"
+
+// The buffers that Locations name.
+struct Sources {
+  device uchar* at[kMaxSources];
+};
+
+#define SOURCE_ARGUMENTS                                \
+  device uchar *source0 [[buffer(kExpertSources)]],     \
+      device uchar *source1 [[buffer(kExpertSource1)]], \
+      device uchar *source2 [[buffer(kExpertSource2)]], \
+      device uchar *source3 [[buffer(kExpertSource3)]], \
+      device uchar *source4 [[buffer(kExpertSource4)]], \
+      device uchar *source5 [[buffer(kExpertSource5)]], \
+      device uchar *source6 [[buffer(kExpertSource6)]], \
+      device uchar *source7 [[buffer(kExpertSource7)]]
+#define SOURCES {source0, source1, source2, source3, source4, source5, source6, source7}
+
+inline device uchar* find(thread const Sources& sources, Location location) {
+  const uint source = uint(location >> 56);
+  device uchar* base = sources.at[0];
+  for (uint i = 1; i < kMaxSources; ++i) base = source == i ? sources.at[i] : base;
+  return base + (location & 0xffffffffffffffull);
+}
+
+inline Stored find(thread const Sources& sources, constant StoredMatrix& matrix) {
+  return {find(sources, matrix.weight), find(sources, matrix.scales), find(sources, matrix.biases)};
+}
+
+inline uint end_of(constant ExpertArguments& args, uint expert) {
+  return expert + 1 < args.count ? args.experts[expert + 1].first_pair : args.pairs;
+}
+
+inline uint expert_of(constant ExpertArguments& args, uint pair) {
+  uint expert = 0;
+  while (pair >= end_of(args, expert)) ++expert;
+  return expert;
+}
+
+kernel void experts_gate_up(device const float* x [[buffer(kExpertX)]],
+                            constant ExpertArguments& args [[buffer(kExpertArguments)]],
+                            device const int* pair_tokens [[buffer(kExpertPairTokens)]],
+                            device float* activations [[buffer(kExpertActivations)]],
+                            SOURCE_ARGUMENTS, uint3 group [[threadgroup_position_in_grid]],
+                            uint thread_index [[thread_index_in_threadgroup]],
+                            uint simdgroup [[simdgroup_index_in_threadgroup]],
+                            uint lane [[thread_index_in_simdgroup]]) {
+  THREADGROUP_ARRAY(float, gates, [kMatvecSimdgroups * kMatvecRows]);
+  THREADGROUP_ARRAY(float, ups, [kMatvecSimdgroups * kMatvecRows]);
+  const Sources sources = SOURCES;
+  const uint pair = group.y;
+  constant ExpertEntry& expert = args.experts[expert_of(args, pair)];
+  const uint rows = expert.intermediate;
+  const Place place = place_of(args.hidden, simdgroup);
+  const uint block_rows = matvec_block_rows(args.hidden);
+  const uint first = group.x * block_rows;
+  device const float* input = x + ulong(pair_tokens[pair]) * args.hidden;
+  const uint at = simdgroup * kMatvecRows;
+  multiply_rows(first_format(), find(sources, expert.gate), first + place.first_row, rows,
+                args.hidden, input, place, lane, gates + at);
+  multiply_rows(second_format(), find(sources, expert.up), first + place.first_row, rows,
+                args.hidden, input, place, lane, ups + at);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  const uint row = first + thread_index;
+  if (thread_index >= block_rows || row >= rows) return;
+  const float gate = add_splits(gates, thread_index, place.splits);
+  const float up = add_splits(ups, thread_index, place.splits);
+  activations[ulong(pair) * args.stride + row] = silu(gate) * up;
+}
+
+kernel void experts_down(constant ExpertArguments& args [[buffer(kExpertArguments)]],
+                         device const int* pair_rows [[buffer(kExpertPairRows)]],
+                         device const float* activations [[buffer(kExpertActivations)]],
+                         SOURCE_ARGUMENTS, uint3 group [[threadgroup_position_in_grid]],
+                         uint thread_index [[thread_index_in_threadgroup]],
+                         uint simdgroup [[simdgroup_index_in_threadgroup]],
+                         uint lane [[thread_index_in_simdgroup]]) {
+  THREADGROUP_ARRAY(float, partial, [kMatvecSimdgroups * kMatvecRows]);
+  const Sources sources = SOURCES;
+  const uint pair = group.y;
+  constant ExpertEntry& expert = args.experts[expert_of(args, pair)];
+  const Place place = place_of(args.stride, simdgroup);
+  const uint block_rows = matvec_block_rows(args.stride);
+  const uint first = group.x * block_rows;
+  multiply_rows(first_format(), find(sources, expert.down), first + place.first_row, args.hidden,
+                expert.intermediate, activations + ulong(pair) * args.stride, place, lane,
+                partial + simdgroup * kMatvecRows);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  const uint row = first + thread_index;
+  if (thread_index >= block_rows || row >= args.hidden) return;
+  device float* out = (device float*)find(sources, expert.out);
+  out[ulong(pair_rows[pair]) * args.hidden + row] = add_splits(partial, thread_index, place.splits);
+}
+
+// A tile of pairs, all of one expert.
+struct PairTile {
+  uint expert;
+  uint first, count;
+};
+
+inline PairTile find_tile(constant ExpertArguments& args, uint tile) {
+  uint expert = 0;
+  while (true) {
+    const uint first = args.experts[expert].first_pair, pairs = end_of(args, expert) - first;
+    const uint tiles = (pairs + kTileTokens - 1) / kTileTokens;
+    if (tile < tiles) {
+      const uint before = tile * kTileTokens;
+      return {expert, first + before, min(pairs - before, uint(kTileTokens))};
+    }
+    tile -= tiles;
+    ++expert;
+  }
+}
+
+kernel void experts_gate_up_tiles(device const float* x [[buffer(kExpertX)]],
+                                  constant ExpertArguments& args [[buffer(kExpertArguments)]],
+                                  device const int* pair_tokens [[buffer(kExpertPairTokens)]],
+                                  device float* activations [[buffer(kExpertActivations)]],
+                                  SOURCE_ARGUMENTS, uint3 group [[threadgroup_position_in_grid]],
+                                  uint thread_index [[thread_index_in_threadgroup]]) {
+  THREADGROUP_ARRAY(float4, weights, [kTileColumns * kWeightPitch / 4]);
+  THREADGROUP_ARRAY(float4, xs, [kTileColumns * kInputPitch / 4]);
+  const Sources sources = SOURCES;
+  const PairTile tile = find_tile(args, group.y);
+  constant ExpertEntry& expert = args.experts[tile.expert];
+  const uint first_row = group.x * kTileRows, rows = expert.intermediate;
+  if (first_row >= rows) return;  // the whole threadgroup
+  const TileInputs inputs = {x, pair_tokens, true, args.hidden, tile.first, tile.count};
+  float4 gate[4], up[4];
+  multiply_tile(first_format(), find(sources, expert.gate), first_row, rows, args.hidden, inputs,
+                thread_index, (threadgroup float*)weights, (threadgroup float*)xs, gate);
+  multiply_tile(second_format(), find(sources, expert.up), first_row, rows, args.hidden, inputs,
+                thread_index, (threadgroup float*)weights, (threadgroup float*)xs, up);
+  for (uint t = 0; t < 4; ++t) {
+    const uint token = thread_index / 16 * 4 + t;
+    if (token >= tile.count) continue;
+    for (uint i = 0; i < 4; ++i) {
+      const uint row = first_row + thread_index % 16 * 4 + i;
+      if (row >= rows) continue;
+      activations[ulong(tile.first + token) * args.stride + row] =
+          silu(component(gate[t], i)) * component(up[t], i);
+    }
+  }
+}
+
+kernel void experts_down_tiles(constant ExpertArguments& args [[buffer(kExpertArguments)]],
+                               device const int* pair_rows [[buffer(kExpertPairRows)]],
+                               device const float* activations [[buffer(kExpertActivations)]],
+                               SOURCE_ARGUMENTS, uint3 group [[threadgroup_position_in_grid]],
+                               uint thread_index [[thread_index_in_threadgroup]]) {
+  THREADGROUP_ARRAY(float4, weights, [kTileColumns * kWeightPitch / 4]);
+  THREADGROUP_ARRAY(float4, xs, [kTileColumns * kInputPitch / 4]);
+  const Sources sources = SOURCES;
+  const PairTile tile = find_tile(args, group.y);
+  constant ExpertEntry& expert = args.experts[tile.expert];
+  const uint first_row = group.x * kTileRows;
+  const TileInputs inputs = {activations, nullptr, false, args.stride, tile.first, tile.count};
+  float4 total[4];
+  multiply_tile(first_format(), find(sources, expert.down), first_row, args.hidden,
+                expert.intermediate, inputs, thread_index, (threadgroup float*)weights,
+                (threadgroup float*)xs, total);
+  device float* out = (device float*)find(sources, expert.out);
+  for (uint t = 0; t < 4; ++t) {
+    const uint token = thread_index / 16 * 4 + t;
+    if (token >= tile.count) continue;
+    const ulong out_row = ulong(pair_rows[tile.first + token]) * args.hidden;
+    for (uint i = 0; i < 4; ++i) {
+      const uint row = first_row + thread_index % 16 * 4 + i;
+      if (row < args.hidden) out[out_row + row] = component(total[t], i);
+    }
+  }
+}

@@ -1,0 +1,356 @@
+"""Every kernel of metal/, run by the executor, against numpy in float64, at small odd shapes."""
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+from shader_dispatch import (
+    BF16,
+    F16,
+    F32,
+    Array,
+    Dispatch,
+    Expert,
+    attention,
+    attention_reference,
+    causal_conv,
+    causal_conv_reference,
+    combine,
+    combine_reference,
+    embed,
+    expert_reference,
+    experts,
+    gated_delta,
+    gated_delta_reference,
+    load,
+    product,
+    random_attention,
+    random_delta,
+    random_weight,
+    rms_norm,
+    rms_norm_reference,
+    route,
+    route_reference,
+)
+from shader_executor import DispatchError, Executor, build, compiler
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")
+
+SEEDS = (0, 1, 2)  # 0: in order
+QUANTISED = [(bits, group, BF16) for bits in (2, 4, 8) for group in (32, 64, 128)]
+QUANTISED += [(4, 64, F16), (4, 64, F32), (8, 32, F16)]
+DENSE = [(0, 0, F32), (0, 0, F16), (0, 0, BF16)]
+TOLERANCE = 1e-5  # of the reference's own scale
+
+
+@pytest.fixture(scope="session")
+def executor(tmp_path_factory: pytest.TempPathFactory) -> Executor:
+    return Executor(build(tmp_path_factory.mktemp("executor")))
+
+
+@pytest.fixture
+def run(executor: Executor) -> Callable[..., None]:
+    def run_all(dispatches: Dispatch | Sequence[Dispatch], seed: int = 1) -> None:
+        for d in [dispatches] if isinstance(dispatches, Dispatch) else dispatches:
+            executor.run(d.kernel, d.grid, d.threads, d.buffers, d.constants, seed=seed)
+
+    return run_all
+
+
+def rng() -> np.random.Generator:
+    return np.random.default_rng(7)
+
+
+def normal(r: np.random.Generator, *shape: int) -> Array:
+    return r.standard_normal(shape, np.float32)
+
+
+def empty(*shape: int) -> Array:
+    return np.full(shape, np.nan, np.float32)
+
+
+def assert_close(found: Array, expected: Array, tolerance: float = TOLERANCE) -> None:
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("form", QUANTISED + DENSE, ids=str)
+def test_embed_gives_rows_of_the_table(run: Callable[..., None], form: tuple[int, ...]) -> None:
+    r = rng()
+    table = random_weight(r, 9, 384, *form)
+    ids, out = np.array([8, 0, 3], np.int32), empty(3, 384)
+    run(embed(ids, table, out))
+    assert_close(out, table.values()[ids], 1e-6)
+
+
+@pytest.mark.parametrize("width", [1, 96, 1025, 4096])
+def test_rms_norm(run: Callable[..., None], width: int) -> None:
+    r = rng()
+    x, weight, out = normal(r, 3, width), normal(r, width), empty(3, width)
+    for seed in SEEDS:
+        run(rms_norm(x, weight, 1e-6, out), seed)
+        assert_close(out, rms_norm_reference(x, weight, 1e-6))
+
+
+@pytest.mark.parametrize("kernel", ["matvec", "matmul"])
+@pytest.mark.parametrize("form", QUANTISED + DENSE, ids=str)
+def test_products_of_every_format(
+    run: Callable[..., None], kernel: str, form: tuple[int, int, int]
+) -> None:
+    r = rng()
+    # One simdgroup a row (and 32 columns, less than a lane's share of each), then several.
+    for seed, (tokens, columns, rows) in enumerate(
+        [(3, form[1] or 32, 5), (2, 384, 67), (1, 1152, 33)]
+    ):
+        x = normal(r, tokens, columns)
+        weight, out = random_weight(r, rows, columns, *form), empty(tokens, rows)
+        run(product(kernel, x, [weight], [out], [0]), seed)
+        assert_close(out, x @ weight.values().T)
+
+
+@pytest.mark.parametrize("kernel", ["matvec", "matmul"])
+@pytest.mark.parametrize("columns", [2048, 4096, 8192, 9216])
+def test_long_rows_are_shared_by_simdgroups(
+    run: Callable[..., None], kernel: str, columns: int
+) -> None:
+    r = rng()
+    x, weight, out = normal(r, 1, columns), random_weight(r, 19, columns), empty(1, 19)
+    for seed in SEEDS:
+        run(product(kernel, x, [weight], [out], [0]), seed)
+        assert_close(out, x @ weight.values().T)
+
+
+@pytest.mark.parametrize("kernel", ["matvec", "matmul"])
+@pytest.mark.parametrize("columns", [1, 31, 97, 1500])
+@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+def test_odd_columns_of_dense_weights(
+    run: Callable[..., None], kernel: str, columns: int, dtype: int
+) -> None:
+    r = rng()
+    x, weight, out = normal(r, 3, columns), random_weight(r, 7, columns, 0, 0, dtype), empty(3, 7)
+    run(product(kernel, x, [weight], [out], [0]))
+    assert_close(out, x @ weight.values().T)
+
+
+@pytest.mark.parametrize("kernel", ["matvec", "matmul"])
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_products_of_one_input_go_together_and_add(
+    run: Callable[..., None], kernel: str, count: int
+) -> None:
+    r = rng()
+    x = normal(r, 41, 128)
+    weights = [random_weight(r, rows, 128, 4, 32) for rows in (70, 1, 130, 64)[:count]]
+    add = [1, 0, 0, 1][:count]
+    outs = [normal(r, 41, weight.rows) for weight in weights]
+    expected = [
+        x @ weight.values().T + (out if adds else 0)
+        for weight, out, adds in zip(weights, outs, add, strict=True)
+    ]
+    run(product(kernel, x, weights, outs, add))
+    for out, reference in zip(outs, expected, strict=True):
+        assert_close(out, reference)
+
+
+@pytest.mark.parametrize("taps", [1, 2, 4, 8])
+def test_causal_conv(run: Callable[..., None], taps: int) -> None:
+    r = rng()
+    for tokens, channels in [(1, 300), (5, 257), (2, 1)]:
+        x, weight = normal(r, tokens, channels), normal(r, taps, channels)
+        state, state_out = normal(r, taps - 1, channels), empty(taps - 1, channels)
+        out, new_state = causal_conv_reference(x, weight, state)
+        run(causal_conv(x, weight, state, state_out))
+        assert_close(x, out)
+        np.testing.assert_array_equal(state_out, new_state)
+
+
+@pytest.mark.parametrize(
+    "shape",  # tokens, key_heads, value_heads, key_dim, value_dim
+    [
+        (1, 1, 2, 128, 128),
+        (11, 2, 4, 32, 32),
+        (5, 1, 4, 64, 16),
+        (4, 2, 2, 36, 100),
+        (9, 1, 1, 4, 1),
+    ],
+)
+def test_gated_delta(run: Callable[..., None], shape: tuple[int, ...]) -> None:
+    d = random_delta(rng(), *shape)
+    reference, new_state = gated_delta_reference(d)
+    for seed in SEEDS:
+        state_out, out = np.full_like(d.state, np.nan), np.full_like(d.z, np.nan)
+        run(gated_delta(d, state_out, out), seed)
+        assert_close(out, reference)
+        assert_close(state_out, new_state)
+
+
+def test_gated_delta_goes_on_from_its_state(run: Callable[..., None]) -> None:
+    d = random_delta(rng(), 7, 1, 2, 32, 32)
+    reference, new_state = gated_delta_reference(d)
+    state = d.state
+    outs = []
+    for begin, end in [(0, 3), (3, 4), (4, 7)]:
+        part = random_delta(rng(), 1, 1, 2, 32, 32)
+        part.__dict__.update(d.__dict__, state=state)
+        for name in ("qkv", "z", "a", "b"):
+            setattr(part, name, np.ascontiguousarray(getattr(d, name)[begin:end]))
+        state, out = np.full_like(state, np.nan), np.full_like(part.z, np.nan)
+        run(gated_delta(part, state, out))
+        outs.append(out)
+    assert_close(np.concatenate(outs), reference)
+    assert_close(state, new_state)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
+@pytest.mark.parametrize(
+    ("shape", "keys_per_split"),  # tokens, heads, kv_heads, head_dim, rotary_dim, position
+    [
+        ((1, 32, 2, 256, 64, 70), 32),  # the real model's heads, several splits
+        ((1, 4, 2, 64, 16, 0), 64),  # the first token
+        ((1, 4, 4, 32, 32, 33), 64),  # all of a head rotates
+        ((5, 8, 1, 64, 16, 30), 1024),  # a prompt, in one split
+        ((7, 3, 1, 96, 22, 61), 32),  # rows that are no multiple of 16; splits none of whose keys
+        ((70, 2, 2, 64, 0, 0), 32),  # are visible to some rows; no rotation
+    ],
+)
+def test_attention(
+    run: Callable[..., None], dtype: int, shape: tuple[int, ...], keys_per_split: int
+) -> None:
+    call = random_attention(rng(), *shape, dtype)
+    out, new_keys, new_values = attention_reference(call)
+    before = load(call.keys), load(call.values)
+    for seed in SEEDS:
+        found = np.full_like(out, np.nan, np.float32)
+        run(attention(call, keys_per_split, found), seed)
+        assert_close(found, out, 1e-5 if dtype == F32 else 2e-3)
+    begin, end = call.position, call.position + len(call.k)
+    for cache, old, new in zip(
+        (call.keys, call.values), before, (new_keys, new_values), strict=True
+    ):
+        assert_close(load(cache)[:, begin:end], new, 1e-5 if dtype == F32 else 4e-3)
+        np.testing.assert_array_equal(load(cache)[:, :begin], old[:, :begin])
+        np.testing.assert_array_equal(load(cache)[:, end:], old[:, end:])
+
+
+def test_rope_far_into_the_context(run: Callable[..., None]) -> None:
+    call = random_attention(rng(), 1, 1, 1, 32, 32, 0, F32)
+    call.position = 262143
+    call.keys = np.zeros((1, 262144, 32), np.float32)
+    call.values = np.zeros((1, 262144, 32), np.float32)
+    _, new_keys, _ = attention_reference(call)
+    run(attention(call, 1 << 20, empty(1, 32))[0])
+    assert_close(call.keys[:, -1:], new_keys)
+
+
+@pytest.mark.parametrize("renormalise", [True, False])
+@pytest.mark.parametrize(("experts_", "top_k"), [(8, 4), (7, 7), (512, 10), (1024, 32), (33, 1)])
+def test_route(run: Callable[..., None], experts_: int, top_k: int, renormalise: bool) -> None:
+    r = rng()
+    logits = normal(r, 4, experts_) * 3
+    logits[1] = np.round(logits[1])  # many ties: the lower index comes first
+    logits[2] = 5
+    ids, weights = np.full((4, top_k), -1, np.int32), empty(4, top_k)
+    for seed in SEEDS:
+        run(route(logits, renormalise, ids, weights), seed)
+        expected_ids, expected_weights = route_reference(logits, top_k, renormalise)
+        np.testing.assert_array_equal(ids, expected_ids)
+        assert_close(weights, expected_weights)
+
+
+def test_route_gives_valid_experts_even_for_nan(run: Callable[..., None]) -> None:
+    ids, weights = np.full((1, 4), -1, np.int32), empty(1, 4)
+    run(route(np.full((1, 9), np.nan, np.float32), True, ids, weights))
+    assert np.all((ids >= 0) & (ids < 9))
+
+
+EXPERT_FORMATS = [*itertools.product([(4, 64, BF16)], [(4, 64, BF16)])]
+EXPERT_FORMATS += [((2, 32, BF16), (4, 32, F16)), ((8, 64, F16), (8, 64, F16))]
+EXPERT_FORMATS += [((0, 0, BF16), (0, 0, BF16)), ((4, 32, BF16), (0, 0, F32))]
+
+
+@pytest.mark.parametrize("tiles", [False, True], ids=["decode", "prompt"])
+@pytest.mark.parametrize(("first", "down"), EXPERT_FORMATS, ids=str)
+def test_experts(
+    run: Callable[..., None], tiles: bool, first: tuple[int, ...], down: tuple[int, ...]
+) -> None:
+    """Experts of different width and number of tokens, two outputs, one dispatch each."""
+    r = rng()
+    hidden, tokens = 192, 41
+    x = normal(r, tokens, hidden)
+    outs = [empty(tokens, hidden), empty(7, hidden)]
+    lists = [(range(tokens), range(tokens), 0), ([40], [6], 1), ([3, 1, 0], [0, 5, 2], 1)]
+    calls = []
+    for (of_expert, rows, out), width in zip(lists, (64, 192, 128), strict=True):
+        matrices = [random_weight(r, width, hidden, *first) for _ in range(2)]
+        matrices.append(random_weight(r, hidden, width, *down))
+        calls.append(Expert(*matrices, of_expert, rows, outs[out]))
+    run(experts(x, calls, tiles=tiles))
+    for call in calls:
+        assert_close(call.out[list(call.out_rows)], expert_reference(x, call))
+    assert np.isnan(outs[1][[1, 3, 4]]).all()  # rows that nobody asked for
+
+
+@pytest.mark.parametrize("tiles", [False, True], ids=["decode", "prompt"])
+def test_gate_and_up_of_different_formats(run: Callable[..., None], tiles: bool) -> None:
+    r = rng()
+    x, out = normal(r, 2, 96), empty(2, 96)
+    gate, up = random_weight(r, 50, 96, 4, 32), random_weight(r, 50, 96, 0, 0, F16)
+    call = Expert(gate, up, random_weight(r, 96, 50, 0, 0, F32), [1, 0], [0, 1], out)
+    run(experts(x, [call], tiles=tiles))
+    assert_close(out, expert_reference(x, call))
+
+
+def test_wide_experts_of_decode(run: Callable[..., None]) -> None:
+    """Rows that several simdgroups share, as the real model has them."""
+    r = rng()
+    x, out = normal(r, 1, 4096), empty(2, 4096)
+    calls = []
+    for row in range(2):
+        matrices = [random_weight(r, 32, 4096), random_weight(r, 32, 4096)]
+        calls.append(Expert(*matrices, random_weight(r, 4096, 32, 4, 32), [0], [row], out))
+    run(experts(x, calls, tiles=False))
+    for call in calls:
+        assert_close(call.out[list(call.out_rows)], expert_reference(x, call))
+
+
+@pytest.mark.parametrize("hidden", [96, 1030])
+def test_combine_adds_to_the_stream_and_norms_it(run: Callable[..., None], hidden: int) -> None:
+    r = rng()
+    tokens, top_k = 2, 3
+    x, norm = normal(r, tokens, hidden), normal(r, hidden)
+    parts = normal(r, tokens * top_k, hidden), normal(r, tokens, top_k), normal(r, tokens, hidden)
+    gate = normal(r, tokens)
+    expected = combine_reference(x, *parts, gate)
+    for seed in SEEDS:
+        plain, with_norm, normed = x.copy(), x.copy(), empty(tokens, hidden)
+        run(combine(plain, *parts, gate), seed)
+        run(combine(with_norm, *parts, gate, norm, normed), seed)
+        assert_close(plain, expected)
+        assert_close(with_norm, expected)
+        assert_close(normed, rms_norm_reference(expected, norm, 1e-6))
+
+
+def test_what_the_executor_refuses(executor: Executor) -> None:
+    r = rng()
+    x, weight, out = normal(r, 2, 64), normal(r, 64), empty(2, 64)
+    d = rms_norm(x, weight, 1e-6, out)
+
+    def fails(
+        match: str, threads: int = d.threads, grid: tuple[int, ...] = d.grid, **changed: Array
+    ) -> None:
+        buffers = {**d.buffers, **{int(key[1:]): value for key, value in changed.items()}}
+        buffers = {key: value for key, value in buffers.items() if value is not None}
+        with pytest.raises(DispatchError, match=match):
+            executor.run(d.kernel, grid, threads, buffers)
+
+    fails("nothing is bound at index 1", _1=None)
+    fails("4 bytes are bound at index 3, where the argument has 8", _3=bytes(4))
+    fails("past the end of what is bound at 0", grid=(3,))
+    fails("a multiple of 32", threads=100)
+    fails("a multiple of 32", threads=2048)
+    fails("empty grid", grid=(0,))
+    with pytest.raises(DispatchError, match="no such kernel"):
+        executor.run("rms_nrom", d.grid, d.threads, d.buffers)
+    e = embed(np.zeros(1, np.int32), random_weight(r, 2, 64), empty(1, 64))
+    with pytest.raises(DispatchError, match="function constant 1 has no value"):
+        executor.run(e.kernel, e.grid, e.threads, e.buffers, {0: 4, 2: BF16})
