@@ -59,8 +59,7 @@ enum Limits : uint32_t {
   kMaxHeadDim = 256,   // of attention; a multiple of 32
 };
 
-// ---- matrix-vector: blocks of rows
-// ---------------------------------------------------------------
+// Matrix-vector: blocks of rows.
 
 enum MatvecShape : uint32_t {
   kMatvecThreads = 256,
@@ -80,8 +79,7 @@ inline uint32_t matvec_block_rows(uint32_t columns) {
   return kMatvecRows * kMatvecSimdgroups / matvec_splits(columns);
 }
 
-// ---- matrix-matrix: tiles of rows and tokens
-// -----------------------------------------------------
+// Matrix-matrix: tiles of rows and tokens.
 
 enum TileShape : uint32_t {
   kTileThreads = 128,
@@ -90,15 +88,14 @@ enum TileShape : uint32_t {
   kTileColumns = 32,  // taken at a time
 };
 
-// ---- embed: out[t] = row ids[t] of the table
-// ----------------------------------------------------- Grid (ceil(columns / 256), tokens), 256
-// threads. Constants kBits, kGroup, kDType.
+// embed: out[t] = row ids[t] of the table.
+// Grid: (ceil(columns / 256), tokens), 256 threads. Constants: kBits, kGroup, kDType.
 
 enum EmbedBuffer : uint32_t {
-  kEmbedIds = 0,        // int [tokens], offset a multiple of 4
-  kEmbedWeight = 1,     //
-  kEmbedScales = 2,     // anything bound where dense; likewise kEmbedBiases
-  kEmbedBiases = 3,     //
+  kEmbedIds = 0,  // int [tokens], offset a multiple of 4
+  kEmbedWeight = 1,
+  kEmbedScales = 2,  // anything bound where dense; likewise kEmbedBiases
+  kEmbedBiases = 3,
   kEmbedOut = 4,        // [tokens, columns]
   kEmbedArguments = 5,  // EmbedArguments
 };
@@ -106,9 +103,8 @@ struct EmbedArguments {
   uint32_t columns;
 };
 
-// ---- rms_norm: out = x / rms(x) * weight
-// --------------------------------------------------------- Grid (tokens), 256 threads. `out` may
-// be `x`.
+// rms_norm: out = x / rms(x) * weight.
+// Grid: (tokens), kNormThreads threads. `out` may be `x`.
 
 enum NormShape : uint32_t { kNormThreads = 1024 };
 enum NormBuffer : uint32_t {
@@ -122,11 +118,11 @@ struct NormArguments {
   float eps;
 };
 
-// ---- matvec, matmul: out[t, row] (+)= weight · x[t] for up to four matrices of one format
-// -------- matvec (decode: tokens few): grid (first_block[count], tokens), kMatvecThreads threads;
-// a block has matvec_block_rows(columns) rows. matmul (prompts): grid (first_block[count],
+// matvec, matmul: out[t, row] (+)= weight · x[t] for up to four matrices of one format.
+// Grid of matvec (few tokens): (first_block[count], tokens), kMatvecThreads threads; a block has
+// matvec_block_rows(columns) rows. Grid of matmul (prompts): (first_block[count],
 // ceil(tokens / kTileTokens)), kTileThreads threads; a block has kTileRows rows.
-// Constants kBits, kGroup, kDType. Columns are a multiple of `group` where quantised, else any.
+// Constants: kBits, kGroup, kDType. Columns are a multiple of `group` where quantised, else any.
 // Rows are any. A weight's offset is a multiple of 16; of scales and biases, of their element.
 // Indices of products beyond `count` are bound too, to anything.
 
@@ -159,9 +155,8 @@ struct ProductArguments {
   uint32_t first_block[kMaxProducts + 1];  // running sum of ceil(rows / rows of a block)
 };
 
-// ---- causal_conv: x = silu(conv(x)), depthwise
-// --------------------------------------------------- Grid (ceil(channels / 256)), 256 threads.
-// Offsets multiples of 4.
+// causal_conv: x = silu(conv(x)), depthwise.
+// Grid: (ceil(channels / 256)), 256 threads. Offsets are multiples of 4.
 
 enum ConvBuffer : uint32_t {
   kConvX = 0,          // [tokens, channels], replaced
@@ -176,8 +171,8 @@ struct ConvArguments {
   uint32_t taps;
 };
 
-// ---- gated_delta: the gated delta rule, then the gated norm (DeltaCall in backend.h)
-// ------------- Grid (value_heads), delta_threads(value_dim) threads.
+// gated_delta: the gated delta rule, then the gated norm (DeltaCall in backend.h).
+// Grid: (value_heads), delta_threads(value_dim) threads. Offsets are multiples of 4.
 
 enum DeltaShape : uint32_t {
   kDeltaParts = 4,   // of a column of the state: key_dim / 4 rows each, in registers
@@ -206,15 +201,14 @@ struct DeltaArguments {
   float norm_eps;
 };
 
-// ---- attention (AttentionCall in backend.h)
-// ------------------------------------------------------ attention_append: norm and RoPE of queries
-// and keys; keys and values join the cache.
-//   Grid (ceil(tokens * (heads + kv_heads) / 4)), 128 threads. Constant kCacheDType.
-// attention_split: a range of the keys for rows of queries that share a KV head, kSplitRows of the
-//   token-major rows (token, head of the group) at a time.
-//   Grid (kv_heads, ceil(tokens * heads / kv_heads / kSplitRows), splits), 128 threads. Constant
-//   kCacheDType. With one split it writes `out` itself, and no merge follows.
-// attention_merge: grid (ceil(tokens * heads / 4)), 128 threads; only if there are several splits.
+// Attention (AttentionCall in backend.h), two or three dispatches, constant kCacheDType.
+// - attention_append: norm and RoPE of queries and keys; keys and values join the cache.
+//   Grid: (ceil(tokens * (heads + kv_heads) / 4)), 128 threads.
+// - attention_split: a range of the keys for rows of queries that share a KV head, kSplitRows at a
+//   time of the token-major rows (token, head of the group). With one split it writes `out` itself.
+//   Grid: (kv_heads, ceil(tokens * heads / kv_heads / kSplitRows), splits), 128 threads.
+// - attention_merge, where there are several splits.
+//   Grid: (ceil(tokens * heads / 4)), 128 threads.
 // splits = ceil((position + tokens) / keys_per_split); keys_per_split is a multiple of kSplitKeys.
 
 enum SplitShape : uint32_t { kSplitRows = 16, kSplitKeys = 32 };
@@ -234,8 +228,8 @@ enum AttentionBuffer : uint32_t {
   kAttentionTotals = 11,      // [splits, tokens * heads, 2]: maximum and sum, scratch: split, merge
   kAttentionOut = 12,         // [tokens, heads * head_dim], times sigmoid(gate)
 };
-// append uses 0 to 9 without the values' gate; split 0, 1, 7 to 12; merge 0, 1, 10 to 12. With one
-// split, partials and totals may be bound to anything.
+// append uses 0 to 9; split 0, 1 and 7 to 12; merge 0, 1 and 10 to 12. With one split, partials and
+// totals may be bound to anything.
 struct AttentionArguments {
   uint64_t capacity;
   uint32_t position;
@@ -246,8 +240,8 @@ struct AttentionArguments {
   float norm_eps;
 };
 
-// ---- route: softmax over all experts, the top_k largest, ties to the lower index
-// ----------------- Grid (tokens), 32 threads. Offsets multiples of 4.
+// route: softmax over all experts, the top_k largest, ties to the lower index.
+// Grid: (tokens), 32 threads. Offsets are multiples of 4.
 
 enum RouteBuffer : uint32_t {
   kRouteLogits = 0,     // [tokens, experts]
@@ -261,18 +255,16 @@ struct RouteArguments {
   uint32_t renormalise;
 };
 
-// ---- experts: out[out row] = down(silu(gate x) * up x) for (token, out row) pairs
-// ---------------- Pairs are sorted by expert. Two dispatches: gate_up fills activations, down
-// reads them. Decode:  experts_gate_up  grid (ceil(intermediate / matvec_block_rows(hidden)),
-// pairs),
-//          experts_down     grid (ceil(hidden / matvec_block_rows(stride)), pairs),
-//          kMatvecThreads threads; `intermediate` is the largest.
-// Prompts: experts_gate_up_tiles grid (ceil(intermediate / kTileRows), token tiles),
-//          experts_down_tiles    grid (ceil(hidden / kTileRows), token tiles), kTileThreads
-//          threads; token tiles = sum over experts of ceil(its pairs / kTileTokens).
-// Constants: gate_up kBits.. (gate) and kSecondBits.. (up); down kBits.. (down).
-// All experts of a dispatch share these formats. Hidden and intermediate are multiples of `group`
-// where quantised, else any.
+// experts: out[out row] = down(silu(gate x) * up x) for (token, out row) pairs, sorted by expert.
+// Two dispatches: gate_up fills activations, down reads them. Decode, kMatvecThreads threads,
+// `intermediate` being the largest:
+//   experts_gate_up        grid (ceil(intermediate / matvec_block_rows(hidden)), pairs)
+//   experts_down           grid (ceil(hidden / matvec_block_rows(stride)), pairs)
+// Prompts, kTileThreads threads, a tile being up to kTileTokens pairs of one expert:
+//   experts_gate_up_tiles  grid (ceil(intermediate / kTileRows), tiles)
+//   experts_down_tiles     grid (ceil(hidden / kTileRows), tiles)
+// Constants: gate_up kBits.. (gate) and kSecondBits.. (up); down kBits.. (down). All experts of a
+// dispatch share these. Hidden and intermediate are multiples of `group` where quantised, else any.
 
 // Where a part lies: source buffer index (below kMaxSources) << 56 | byte offset in it. A weight's
 // address is a multiple of 16, that of scales and biases of their element, that of `out` of 16.
@@ -313,9 +305,8 @@ enum ExpertBuffer : uint32_t {
   kExpertSource7 = 15,
 };
 
-// ---- combine: x += sum_j weights[j] expert_out[j] + sigmoid(shared_gate) shared_out
-// -------------- Grid (tokens), kCombineThreads threads. If `norm` is 1, normed = rms_norm(x) of
-// the new x too.
+// combine: x += sum_j weights[j] expert_out[j] + sigmoid(shared_gate) shared_out.
+// Grid: (tokens), kCombineThreads threads. If `norm` is 1, normed = rms_norm(x) of the new x too.
 
 enum CombineShape : uint32_t { kCombineThreads = 1024 };
 enum CombineBuffer : uint32_t {
