@@ -51,7 +51,7 @@ enum Limits : uint32_t {
   kSimdWidth = 32,
   kMaxProducts = 4,    // of a matvec or matmul
   kMaxExperts = 32,    // of one dispatch of the experts kernels
-  kMaxSources = 8,     // buffers that their weights and outputs lie in
+  kMaxSources = 16,    // buffers that their weights and outputs lie in
   kMaxRouted = 1024,   // experts that `route` can choose among
   kMaxChosen = 32,     // that it can choose
   kMaxConvTaps = 8,    // of causal_conv
@@ -295,7 +295,7 @@ enum ExpertBuffer : uint32_t {
   kExpertPairTokens = 2,   // gate_up: int [pairs]
   kExpertPairRows = 3,     // down: int [pairs]
   kExpertActivations = 4,  // [pairs, stride]
-  kExpertSources = 8,      // 8 .. 15; indices that no Location names are bound to anything
+  kExpertSources = 8,      // 8 .. 23; indices that no Location names are bound to anything
   kExpertSource1 = 9,
   kExpertSource2 = 10,
   kExpertSource3 = 11,
@@ -303,6 +303,14 @@ enum ExpertBuffer : uint32_t {
   kExpertSource5 = 13,
   kExpertSource6 = 14,
   kExpertSource7 = 15,
+  kExpertSource8 = 16,
+  kExpertSource9 = 17,
+  kExpertSource10 = 18,
+  kExpertSource11 = 19,
+  kExpertSource12 = 20,
+  kExpertSource13 = 21,
+  kExpertSource14 = 22,
+  kExpertSource15 = 23,
 };
 
 // combine: x += sum_j weights[j] expert_out[j] + sigmoid(shared_gate) shared_out.

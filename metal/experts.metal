@@ -9,16 +9,26 @@ struct Sources {
   device uchar* at[kMaxSources];
 };
 
-#define SOURCE_ARGUMENTS                                \
-  device uchar *source0 [[buffer(kExpertSources)]],     \
-      device uchar *source1 [[buffer(kExpertSource1)]], \
-      device uchar *source2 [[buffer(kExpertSource2)]], \
-      device uchar *source3 [[buffer(kExpertSource3)]], \
-      device uchar *source4 [[buffer(kExpertSource4)]], \
-      device uchar *source5 [[buffer(kExpertSource5)]], \
-      device uchar *source6 [[buffer(kExpertSource6)]], \
-      device uchar *source7 [[buffer(kExpertSource7)]]
-#define SOURCES {source0, source1, source2, source3, source4, source5, source6, source7}
+#define SOURCE_ARGUMENTS                                  \
+  device uchar *source0 [[buffer(kExpertSources)]],       \
+      device uchar *source1 [[buffer(kExpertSource1)]],   \
+      device uchar *source2 [[buffer(kExpertSource2)]],   \
+      device uchar *source3 [[buffer(kExpertSource3)]],   \
+      device uchar *source4 [[buffer(kExpertSource4)]],   \
+      device uchar *source5 [[buffer(kExpertSource5)]],   \
+      device uchar *source6 [[buffer(kExpertSource6)]],   \
+      device uchar *source7 [[buffer(kExpertSource7)]],   \
+      device uchar *source8 [[buffer(kExpertSource8)]],   \
+      device uchar *source9 [[buffer(kExpertSource9)]],   \
+      device uchar *source10 [[buffer(kExpertSource10)]], \
+      device uchar *source11 [[buffer(kExpertSource11)]], \
+      device uchar *source12 [[buffer(kExpertSource12)]], \
+      device uchar *source13 [[buffer(kExpertSource13)]], \
+      device uchar *source14 [[buffer(kExpertSource14)]], \
+      device uchar *source15 [[buffer(kExpertSource15)]]
+#define SOURCES                                                                 \
+  {source0, source1, source2,  source3,  source4,  source5,  source6,  source7, \
+   source8, source9, source10, source11, source12, source13, source14, source15}
 
 inline device uchar* find(thread const Sources& sources, Location location) {
   const uint source = uint(location >> 56);
