@@ -37,8 +37,9 @@ def test_chunk_size_changes_no_bit(name: str, precision: str, checkpoint: GetChe
         assert np.array_equal(whole, parts)
 
 
-def test_caching_changes_no_bit(precision: str, checkpoint: GetCheckpoint) -> None:
-    directory = checkpoint("mlx-4")
+@pytest.mark.parametrize("name", NAMES)
+def test_caching_changes_no_bit(name: str, precision: str, checkpoint: GetCheckpoint) -> None:
+    directory = checkpoint(name)
     ids = random_ids(300, 60)
     uncached = TestEngine(directory, precision=precision, cache_bytes=0)
     cached = TestEngine(directory, precision=precision, cache_bytes=1 << 30)
@@ -47,3 +48,7 @@ def test_caching_changes_no_bit(precision: str, checkpoint: GetCheckpoint) -> No
     read_once = cached.native.stats()["reads"]
     assert np.array_equal(expected, cached.logits(ids))
     assert cached.native.stats()["reads"] == read_once  # the second pass found all in slots
+    # A cache that holds a part, read past the page cache.
+    assert np.array_equal(
+        expected, TestEngine(directory, precision=precision, cache_bytes=1).logits(ids)
+    )

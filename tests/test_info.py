@@ -142,12 +142,19 @@ def test_the_397b_in_numbers(big: Checkpoint) -> None:
     assert set(formats["norms, convolutions"]) == {"bf16", "f32"}
 
 
-def test_a_model_that_is_too_large_is_left_to_the_page_cache(big: Checkpoint) -> None:
-    assert default_cache(big, 48 << 30) == 0
-    experts = 60 * 512 * (8 << 20)  # slots are multiples of 2 MiB
+def test_memory_that_all_experts_do_not_fit_into_caches_some(
+    big: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resident = sum(matrix.format.nbytes for matrix in big.matrices.values())
+    experts = 60 * 512 * (7_077_888 + (80 << 10))  # slots are multiples of 16 KiB
+    monkeypatch.setattr(sys, "platform", "linux")
     assert default_cache(big, 512 << 30) == experts
-    assert default_cache(big, int((experts + 6e9) / 0.7)) == experts
-    assert default_cache(big, int(experts / 0.7)) == 0
+    assert default_cache(big, int((experts + resident) / 0.7) + 2) == experts
+    assert default_cache(big, 48 << 30) == int(0.7 * (48 << 30)) - resident
+    assert default_cache(big, 1 << 30) == 0
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert default_cache(big, 48 << 30) == 0
+    assert default_cache(big, 512 << 30) == experts
 
 
 @pytest.mark.reference
@@ -231,7 +238,13 @@ def test_sizes_read_well() -> None:
 
 @pytest.fixture
 def cgroup(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty folder that is taken for that of this process's cgroup, of version 2."""
+    real = machine._read
     monkeypatch.setattr(machine, "_CGROUP", tmp_path)
+    monkeypatch.setattr(
+        machine, "_read", lambda p: "0::/" if str(p) == "/proc/self/cgroup" else real(p)
+    )
+    (tmp_path / "cgroup.controllers").touch()
     return tmp_path
 
 
@@ -264,6 +277,26 @@ def test_memory_respects_the_cgroups_limit(cgroup: Path) -> None:
     (cgroup / "memory.max").write_text("1000000\n")
     (cgroup / "memory.current").write_text("400000\n")
     assert machine.available_memory() == 600000
+    (cgroup / "memory.stat").write_text("anon 250000\ninactive_file 100000\nactive_file 50000\n")
+    assert machine.available_memory() == 750000
+
+
+def test_the_smallest_limit_around_a_nested_group_counts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    inner = tmp_path / "memory" / "outer" / "inner"
+    inner.mkdir(parents=True)
+    for folder, limit in ((inner, 900000), (inner.parent, 500000), (tmp_path / "memory", 1 << 62)):
+        (folder / "memory.limit_in_bytes").write_text(f"{limit}\n")
+        (folder / "memory.usage_in_bytes").write_text("100000\n")
+        (folder / "memory.stat").write_text("cache 1\ntotal_inactive_file 20000\n")
+    real = machine._read
+    own = "5:memory,x:/outer/inner\n1:cpu:/\n0::/\n"
+    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
+    monkeypatch.setattr(
+        machine, "_read", lambda p: own if str(p) == "/proc/self/cgroup" else real(p)
+    )
+    assert machine.available_memory() == 500000 - 100000 + 20000
 
 
 def test_rates_are_measured(tmp_path: Path) -> None:

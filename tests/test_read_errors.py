@@ -21,8 +21,12 @@ def directory(checkpoint: GetCheckpoint, tmp_path: Path) -> Path:
     return Path(shutil.copytree(checkpoint("mlx-4"), tmp_path / "model"))
 
 
-def test_a_file_that_shrinks_mid_run_names_itself_and_the_model_goes_on(directory: Path) -> None:
-    engine = TestEngine(directory)
+# The least cache there is: experts do not stay, and are read past the page cache.
+@pytest.mark.parametrize("cache_bytes", [0, 1])
+def test_a_file_that_shrinks_mid_run_names_itself_and_the_model_goes_on(
+    directory: Path, cache_bytes: int
+) -> None:
+    engine = TestEngine(directory, cache_bytes=cache_bytes)
     ids = random_ids(300, 40)
     expected = engine.logits(ids)
     state = engine.native.new_state()
@@ -38,8 +42,9 @@ def test_a_file_that_shrinks_mid_run_names_itself_and_the_model_goes_on(director
     assert np.array_equal(engine.logits(ids[20:], state), expected[20:])
 
 
-def test_a_file_that_vanishes_mid_run_is_still_read(directory: Path) -> None:
-    engine = TestEngine(directory)
+@pytest.mark.parametrize("cache_bytes", [0, 1])
+def test_a_file_that_vanishes_mid_run_is_still_read(directory: Path, cache_bytes: int) -> None:
+    engine = TestEngine(directory, cache_bytes=cache_bytes)
     ids = random_ids(300, 10)
     expected = engine.logits(ids)
     for file in directory.glob("*.safetensors"):

@@ -99,8 +99,8 @@ Cache = Annotated[
     str | None,
     typer.Option(
         metavar="SIZE",
-        help="Memory for experts, as 4GB; 0 leaves it to the page cache. All of them if not given "
-        "and they fit comfortably, else 0.",
+        help="Memory for experts, as 4GB; 0 leaves it to the page cache. If not given, what 70 % "
+        "of the available memory have room for.",
     ),
 ]
 Context = Annotated[

@@ -34,8 +34,8 @@ def available_memory() -> int:
     for line in (_read(Path("/proc/meminfo")) or "").splitlines():
         if line.startswith("MemAvailable:"):
             free = int(line.split()[1]) * 1024
-    limit, used = _cgroup_memory()
-    return free if limit is None else max(0, min(free, limit - used))
+    granted = _cgroup_memory()
+    return free if granted is None else min(free, granted)
 
 
 def total_memory() -> int:
@@ -121,24 +121,50 @@ def _read(path: Path) -> str | None:
         return None
 
 
+def _cgroup(controller: str) -> list[Path]:
+    """The cgroup of this process and those around it, innermost first: v2, or v1's controller."""
+    for line in (_read(Path("/proc/self/cgroup")) or "").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controller in controllers.split(","):
+            root = _CGROUP / controller
+        elif controllers == "" and (_CGROUP / "cgroup.controllers").exists():
+            root = _CGROUP
+        else:
+            continue
+        # Within a container the path may be the host's, which is not to be seen.
+        folder = root / path.lstrip("/")
+        inner = [d for d in (folder, *folder.parents) if d.is_relative_to(root) and d.is_dir()]
+        return inner or [root]
+    return []
+
+
 def _cpu_quota() -> float | None:
-    """Cores that the cgroup grants (v2, then v1); None without a limit."""
-    fields = (_read(_CGROUP / "cpu.max") or "").split()
-    if len(fields) != 2:
-        quota, period = (_read(_CGROUP / "cpu" / f"cpu.cfs_{x}_us") for x in ("quota", "period"))
-        fields = [quota or "-1", period or "100000"]
-    if fields[0] in ("max", "-1"):
-        return None
-    return int(fields[0]) / int(fields[1])
+    """Cores that the cgroups grant; None without a limit."""
+    quotas = []
+    for folder in _cgroup("cpu"):
+        fields = (_read(folder / "cpu.max") or "").split()
+        if len(fields) != 2:
+            fields = [_read(folder / f"cpu.cfs_{x}_us") or "-1" for x in ("quota", "period")]
+        if fields[0] not in ("max", "-1"):
+            quotas.append(int(fields[0]) / int(fields[1]))
+    return min(quotas, default=None)
 
 
-def _cgroup_memory() -> tuple[int | None, int]:
-    """The cgroup's memory limit (None without one) and what is used of it, in bytes."""
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        text = _read(_CGROUP / limit)
-        if text is not None and text != "max" and int(text) < 1 << 60:
-            return int(text), int(_read(_CGROUP / used) or 0)
-    return None, 0
+def _cgroup_memory() -> int | None:
+    """Bytes that the cgroups still grant, pages of files counted as free; None without a limit."""
+    left = []
+    for folder in _cgroup("memory"):
+        for limit, used in (
+            ("memory.max", "memory.current"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ):
+            text = _read(folder / limit)
+            if text is None or text == "max" or int(text) >= 1 << 60:
+                continue
+            stat = dict(line.split() for line in (_read(folder / "memory.stat") or "").splitlines())
+            files = sum(
+                int(stat.get(f"total_{kind}", stat.get(kind, 0)))
+                for kind in ("inactive_file", "active_file")
+            )
+            left.append(max(0, int(text) - int(_read(folder / used) or 0) + files))
+    return min(left, default=None)

@@ -14,7 +14,7 @@ namespace flashmoe {
 
 // A weight of shape [rows, cols], rows being outputs; y = W x. Dense, or affine-quantised in MLX's
 // format: bits-wide unsigned q in uint32 words, low end first, w = q * scale + bias for each group
-// of `group` columns. Nothing need be aligned beyond 2 bytes.
+// of `group` columns. The three pointers are aligned as Backend::weight_alignment() says.
 struct Matrix {
   int rows = 0;
   int cols = 0;
@@ -103,6 +103,8 @@ class Backend {
 
   virtual ~Backend() = default;
   virtual Buffer allocate(size_t bytes) = 0;
+  // Bytes; a power of two, at most 4096.
+  virtual int weight_alignment() const = 0;
 
   virtual void embed(const Matrix& table, std::span<const int32_t> ids, float* out) = 0;
   virtual void rms_norm(int n, int width, const float* x, const float* weight, float eps,

@@ -48,10 +48,27 @@ int64_t read_cached([[maybe_unused]] int fd, [[maybe_unused]] int64_t offset,
 File::File(std::string path)
     : path_(std::move(path)), fd_(open(path_.c_str(), O_RDONLY | O_CLOEXEC)) {
   if (fd_ < 0) throw ReadError(path_ + ": cannot open: " + std::strerror(errno));
+#ifdef POSIX_FADV_RANDOM
+  // Every read says exactly what is wanted; reading ahead would fetch experts that nobody asked
+  // for. Refusal is no error.
+  posix_fadvise(fd_, 0, 0, POSIX_FADV_RANDOM);
+#endif
 }
 
 File::~File() {
   close(fd_);
+  if (direct_ >= 0) close(direct_);
+}
+
+bool File::open_direct() {
+  if (direct_ >= 0) return true;
+#if defined(O_DIRECT)
+  direct_ = open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);
+#elif defined(F_NOCACHE)
+  direct_ = open(path_.c_str(), O_RDONLY | O_CLOEXEC);
+  if (direct_ >= 0) fcntl(direct_, F_NOCACHE, 1);
+#endif
+  return direct_ >= 0;
 }
 
 int64_t File::read(int64_t offset, int64_t length, std::byte* to) const {
@@ -62,17 +79,37 @@ int64_t File::read(int64_t offset, int64_t length, std::byte* to) const {
     if (got > 0) {
       done += got;
     } else if (got == 0) {
-      struct stat status{};
-      fstat(fd_, &status);
-      throw ReadError(describe(path_, offset, length) + ": the file ends after " +
-                      std::to_string(done) + " of them (it is now " +
-                      std::to_string(status.st_size) +
-                      " bytes long); it changed since it was opened");
+      fail_short(fd_, offset, length, done);
     } else if (errno != EINTR) {
       throw ReadError(describe(path_, offset, length) + ": " + std::strerror(errno));
     }
   }
   return cached;
+}
+
+void File::read_direct(int64_t offset, int64_t length, std::byte* to) const {
+  const int64_t whole = (length + kDirectUnit - 1) / kDirectUnit * kDirectUnit;
+  int64_t done = 0;
+  while (done < length) {
+    const ssize_t got = pread(direct_, to + done, static_cast<size_t>(whole - done), offset + done);
+    if (got > 0) {
+      done += got;
+      // What is not a whole unit is the end of the file.
+      if (done < length && done % kDirectUnit != 0) fail_short(direct_, offset, length, done);
+    } else if (got == 0) {
+      fail_short(direct_, offset, length, done);
+    } else if (errno != EINTR) {
+      throw ReadError(describe(path_, offset, length) + ": " + std::strerror(errno));
+    }
+  }
+}
+
+void File::fail_short(int fd, int64_t offset, int64_t length, int64_t done) const {
+  struct stat status{};
+  fstat(fd, &status);
+  throw ReadError(describe(path_, offset, length) + ": the file ends after " +
+                  std::to_string(done) + " of them (it is now " + std::to_string(status.st_size) +
+                  " bytes long); it changed since it was opened");
 }
 
 }  // namespace flashmoe

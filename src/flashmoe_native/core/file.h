@@ -9,6 +9,9 @@ namespace flashmoe {
 
 class File {
  public:
+  // What read_direct() asks of offsets, lengths and addresses: to be multiples of it.
+  static constexpr int64_t kDirectUnit = 4096;
+
   // Opens for reading; throws ReadError naming the file.
   explicit File(std::string path);
   ~File();
@@ -20,11 +23,21 @@ class File {
   // can on Linux: a read with RWF_NOWAIT gives what is cached and refuses to wait for the disk.
   int64_t read(int64_t offset, int64_t length, std::byte* to) const;
 
+  // Makes read_direct() possible; false where the system or the file system has no such reads.
+  bool open_direct();
+  // Reads past the page cache, into which nothing is put: at least `length` bytes at `offset`, and
+  // up to the next unit where the file goes on. All three are multiples of the unit, but for
+  // `length`. Throws ReadError likewise.
+  void read_direct(int64_t offset, int64_t length, std::byte* to) const;
+
   const std::string& path() const { return path_; }
 
  private:
+  [[noreturn]] void fail_short(int fd, int64_t offset, int64_t length, int64_t done) const;
+
   std::string path_;
   int fd_ = -1;
+  int direct_ = -1;
 };
 
 }  // namespace flashmoe

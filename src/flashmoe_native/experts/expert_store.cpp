@@ -9,6 +9,9 @@
 namespace flashmoe {
 namespace {
 
+// Bytes between two parts that are read for nothing rather than with a read of their own.
+constexpr int64_t kMaxGap = 4096;
+
 using Clock = std::chrono::steady_clock;
 
 double seconds_since(Clock::time_point start) {
@@ -24,45 +27,54 @@ const Format* formats(const ExpertsSpec& spec, int matrix) {
   return all[matrix];
 }
 
-int64_t slot_bytes_of(const ExpertsSpec& spec) {
-  int64_t bytes = 0;
-  for (int matrix = 0; matrix < 3; ++matrix) {
-    const Format& format = *formats(spec, matrix);
-    for (int part = 0; part < format.parts(); ++part) {
-      bytes = round_up(bytes, kPartAlignment) + format.part_bytes(part);
-    }
-  }
-  return bytes;
+int64_t round_down(int64_t value, int64_t to) {
+  return value / to * to;
 }
 
-Matrix matrix_at(const Format& format, const std::byte* base, int64_t& offset) {
+Matrix matrix_at(const Format& format, const std::byte* slot, const int64_t*& part) {
   const std::byte* parts[3] = {};
-  for (int part = 0; part < format.parts(); ++part) {
-    offset = round_up(offset, kPartAlignment);
-    parts[part] = base + offset;
-    offset += format.part_bytes(part);
-  }
+  for (int i = 0; i < format.parts(); ++i) parts[i] = slot + *part++;
   return {format.rows,  format.cols, format.dtype, format.bits,
           format.group, parts[0],    parts[1],     parts[2]};
+}
+
+// Whether every part may be read past the page cache and used where it then lies.
+bool can_read_direct(const std::vector<std::unique_ptr<File>>& files,
+                     const std::vector<ExpertsSpec>& layers, int64_t alignment) {
+  for (const ExpertsSpec& spec : layers) {
+    for (const Extent& extent : spec.extents) {
+      if (extent.offset % alignment != 0 || !files[extent.file]->open_direct()) return false;
+    }
+  }
+  return true;
 }
 
 }  // namespace
 
 ExpertStore::ExpertStore(Backend& backend, IoQueue& io,
                          const std::vector<std::unique_ptr<File>>& files,
-                         const std::vector<ExpertsSpec>& layers, int min_slots, int64_t cache_bytes)
-    : io_(io), files_(files), layers_(layers), slab_(nullptr, [](std::byte*) {}) {
+                         const std::vector<ExpertsSpec>& layers, const Options& options)
+    : io_(io),
+      files_(files),
+      layers_(layers),
+      alignment_(backend.weight_alignment()),
+      direct_(options.direct && can_read_direct(files, layers, alignment_)),
+      slab_(nullptr, [](std::byte*) {}) {
   int64_t largest = 0, total = 0;
   for (const ExpertsSpec& spec : layers_) {
+    const int experts = static_cast<int>(spec.extents.size()) / spec.parts();
+    for (int expert = 0; expert < experts; ++expert) {
+      largest = std::max(largest, layout(spec, expert).bytes);
+    }
     layer_base_.push_back(total);
-    total += static_cast<int64_t>(spec.extents.size()) / spec.parts();
-    largest = std::max(largest, slot_bytes_of(spec));
+    total += experts;
   }
   slot_of_.assign(static_cast<size_t>(total), -1);
-  // Huge pages and DMA like 2 MiB boundaries; a small expert would waste most of one.
+  // Huge pages and DMA like 2 MiB boundaries; in a cache the rounding would cost slots.
   constexpr int64_t kHugePage = 2 << 20, kPage = 16 << 10;
-  stride_ = round_up(largest, largest >= kHugePage ? kHugePage : kPage);
-  const int64_t wanted = std::max<int64_t>(min_slots, cache_bytes / stride_);
+  const bool huge = largest >= kHugePage && options.cache_bytes == 0;
+  stride_ = round_up(largest, huge ? kHugePage : kPage);
+  const int64_t wanted = std::max<int64_t>(options.min_slots, options.cache_bytes / stride_);
   slots_.resize(static_cast<size_t>(std::min(total, wanted)));
   slab_ = backend.allocate(static_cast<size_t>(slot_bytes()));
   for (int slot = 0; slot < static_cast<int>(slots_.size()); ++slot) {
@@ -87,24 +99,27 @@ void ExpertStore::forget(int slot) {
   slots_[slot].layer = slots_[slot].expert = -1;
 }
 
-std::vector<ExpertStore::Piece> ExpertStore::pieces(const ExpertsSpec& spec, int expert) const {
-  std::vector<Piece> result;
+ExpertStore::Layout ExpertStore::layout(const ExpertsSpec& spec, int expert) const {
+  Layout result;
   const Extent* extent = &spec.extents[static_cast<size_t>(expert) * spec.parts()];
-  int64_t slot_offset = 0;
+  // A direct read begins and ends at whole units, in the file and in the slot.
+  const int64_t unit = direct_ ? File::kDirectUnit : 1;
   for (int part = 0; part < spec.parts(); ++part, ++extent) {
-    slot_offset = round_up(slot_offset, kPartAlignment);
-    if (!result.empty()) {
-      // Neighbours in the file at the distance that they have in the slot are one read.
-      Piece& last = result.back();
-      if (last.file == extent->file &&
-          extent->offset - last.offset == slot_offset - last.slot_offset) {
-        last.length = extent->offset + extent->length - last.offset;
-        slot_offset += extent->length;
-        continue;
-      }
+    const int64_t begin = round_down(extent->offset, unit);
+    const int64_t end = extent->offset + extent->length;
+    Piece* last = result.pieces.empty() ? nullptr : &result.pieces.back();
+    // Neighbours in the file are one read, where the next part then lies as it should.
+    const int64_t gap = last ? begin - (last->offset + last->length) : -1;
+    if (last && last->file == extent->file && extent->offset >= last->offset && gap <= kMaxGap &&
+        (extent->offset - last->offset + last->slot_offset) % alignment_ == 0) {
+      last->length = std::max(last->length, end - last->offset);
+    } else {
+      const int64_t slot_offset = round_up(result.bytes, std::max(unit, alignment_));
+      result.pieces.push_back({extent->file, begin, end - begin, slot_offset});
+      last = &result.pieces.back();
     }
-    result.push_back({extent->file, extent->offset, extent->length, slot_offset});
-    slot_offset += extent->length;
+    result.parts[part] = last->slot_offset + extent->offset - last->offset;
+    result.bytes = last->slot_offset + round_up(last->length, unit);
   }
   return result;
 }
@@ -144,11 +159,14 @@ bool ExpertStore::try_read(int expert) {
   slots_[slot].layer = layer_;
   slots_[slot].expert = expert;
   slot_of(layer_, expert) = slot;
-  const std::vector<Piece> parts = pieces(layers_[layer_], expert);
-  slots_[slot].reads_left = static_cast<int>(parts.size());  // no read of it is under way yet
+  const Layout expert_layout = layout(layers_[layer_], expert);
+  slots_[slot].parts = expert_layout.parts;
+  // No read of it is under way yet.
+  slots_[slot].reads_left = static_cast<int>(expert_layout.pieces.size());
   slots_[slot].error.clear();
   ++in_flight_;
-  for (const Piece& piece : parts) io_.submit([this, slot, piece] { read(slot, piece); });
+  for (const Piece& piece : expert_layout.pieces)
+    io_.submit([this, slot, piece] { read(slot, piece); });
   return true;
 }
 
@@ -157,7 +175,12 @@ void ExpertStore::read(int slot, const Piece& piece) {
   int64_t cached = 0;
   const auto start = Clock::now();
   try {
-    cached = files_[piece.file]->read(piece.offset, piece.length, memory(slot) + piece.slot_offset);
+    std::byte* const to = memory(slot) + piece.slot_offset;
+    if (direct_) {
+      files_[piece.file]->read_direct(piece.offset, piece.length, to);
+    } else {
+      cached = files_[piece.file]->read(piece.offset, piece.length, to);
+    }
   } catch (const ReadError& caught) {
     error = caught.what();
   }
@@ -178,10 +201,10 @@ void ExpertStore::read(int slot, const Piece& piece) {
 ExpertStore::Arrived ExpertStore::arrived(int slot) const {
   const ExpertsSpec& spec = layers_[slots_[slot].layer];
   Arrived result{slots_[slot].expert, {}, {}, {}};
-  int64_t offset = 0;
-  result.gate = matrix_at(spec.gate, memory(slot), offset);
-  result.up = matrix_at(spec.up, memory(slot), offset);
-  result.down = matrix_at(spec.down, memory(slot), offset);
+  const int64_t* part = slots_[slot].parts.data();
+  result.gate = matrix_at(spec.gate, memory(slot), part);
+  result.up = matrix_at(spec.up, memory(slot), part);
+  result.down = matrix_at(spec.down, memory(slot), part);
   return result;
 }
 

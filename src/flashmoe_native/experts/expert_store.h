@@ -6,6 +6,7 @@
 // used out first. One thread uses a store.
 #pragma once
 
+#include <array>
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
@@ -23,14 +24,22 @@
 
 namespace flashmoe {
 
-// Slots for one expert of a layer are laid out part after part, each at a multiple of this.
-constexpr int64_t kPartAlignment = 16;
-
 class ExpertStore {
+  static constexpr int kMaxParts = 9;  // weight, scales and biases of gate, up and down
+
  public:
   struct Arrived {
     int expert;
     Matrix gate, up, down;
+  };
+
+  struct Options {
+    // Slots to have at least: a token's experts being computed, and as many being read.
+    int min_slots = 1;
+    // As many slots as fit into it, but no more than there are experts.
+    int64_t cache_bytes = 0;
+    // Reads past the page cache where files allow it: what is in a slot is not there as well.
+    bool direct = false;
   };
 
   struct Statistics {
@@ -43,10 +52,9 @@ class ExpertStore {
     double wait_seconds = 0;  // that next() waited
   };
 
-  // At least `min_slots` slots, and as many as fit into `cache_bytes`, but no more than there are
-  // experts. Files and specs must outlive the store.
+  // Files and specs must outlive the store.
   ExpertStore(Backend& backend, IoQueue& io, const std::vector<std::unique_ptr<File>>& files,
-              const std::vector<ExpertsSpec>& layers, int min_slots, int64_t cache_bytes);
+              const std::vector<ExpertsSpec>& layers, const Options& options);
   ~ExpertStore();
   ExpertStore(const ExpertStore&) = delete;
   ExpertStore& operator=(const ExpertStore&) = delete;
@@ -71,19 +79,28 @@ class ExpertStore {
   std::string find_not_finite(int layer, std::span<const int32_t> experts) const;
 
   Statistics statistics() const;
+  bool direct() const { return direct_; }
   int64_t slot_bytes() const { return stride_ * static_cast<int64_t>(slots_.size()); }
 
  private:
   struct Slot {
-    int layer = -1, expert = -1;   // -1: empty
-    int reads_left = 0;            // under mutex_
-    std::string error;             // under mutex_
-    std::list<int>::iterator lru;  // valid while unpinned
+    int layer = -1, expert = -1;           // -1: empty
+    int reads_left = 0;                    // under mutex_
+    std::string error;                     // under mutex_
+    std::list<int>::iterator lru;          // valid while unpinned
+    std::array<int64_t, kMaxParts> parts;  // where they begin in the slot
   };
 
   struct Piece {  // one read
     int file;
     int64_t offset, length, slot_offset;
+  };
+
+  // How an expert lies in a slot, and the reads that bring it there.
+  struct Layout {
+    std::vector<Piece> pieces;
+    std::array<int64_t, kMaxParts> parts;
+    int64_t bytes = 0;
   };
 
   std::byte* memory(int slot) const { return slab_.get() + stride_ * slot; }
@@ -95,12 +112,14 @@ class ExpertStore {
   void unpin(int slot);
   std::span<const Arrived> take_landed();
   void forget(int slot);
-  std::vector<Piece> pieces(const ExpertsSpec& spec, int expert) const;
+  Layout layout(const ExpertsSpec& spec, int expert) const;
   Arrived arrived(int slot) const;
 
   IoQueue& io_;
   const std::vector<std::unique_ptr<File>>& files_;
   const std::vector<ExpertsSpec>& layers_;
+  const int64_t alignment_;  // of a part in its slot
+  bool direct_;
   std::vector<int64_t> layer_base_;
   std::vector<int> slot_of_;  // by layer_base_ + expert; -1: in no slot
   int64_t stride_ = 0;

@@ -48,10 +48,10 @@ Engine::Engine(ModelConfig config, CheckpointSpec spec, const Options& options,
       files_(open_all(spec_.files)),
       io_(std::make_unique<IoQueue>(kReadsAtOnce)),
       weights_(std::make_unique<Weights>(*backend_, *io_, files_, spec_, config_, progress)) {
-  // A token's experts being computed, and as many being read.
-  const int min_slots = std::max(2 * config_.top_k, kReadsAtOnce);
-  store_ = std::make_unique<ExpertStore>(*backend_, *io_, files_, spec_.experts, min_slots,
-                                         options_.cache_bytes);
+  const ExpertStore::Options experts = {.min_slots = std::max(2 * config_.top_k, kReadsAtOnce),
+                                        .cache_bytes = options_.cache_bytes,
+                                        .direct = options_.cache_bytes > 0};
+  store_ = std::make_unique<ExpertStore>(*backend_, *io_, files_, spec_.experts, experts);
   forward_ = std::make_unique<Forward>(*backend_, config_, *weights_, *store_, options_.chunk);
 }
 

@@ -38,6 +38,7 @@ class CpuBackend final : public Backend {
         per_thread_(static_cast<size_t>(pool_.threads())) {}
 
   Buffer allocate(size_t bytes) override { return allocate_pages(bytes); }
+  int weight_alignment() const override { return 2; }
   void finish() override {}
 
   void embed(const Matrix& table, std::span<const int32_t> ids, float* out) override {
