@@ -7,9 +7,11 @@ using namespace metal;
 #include "arguments.h"
 using namespace shaders;
 
-// The checks that run these files as C++ (tests/metal, benchmarks/metal_on_cuda) define their own.
+// What checks these files as C++ (tests/metal, benchmarks/metal_on_cuda) defines its own.
 #ifndef THREADGROUP_ARRAY
 #define THREADGROUP_ARRAY(type, name, extents) threadgroup type name extents
+#endif
+#ifndef FUNCTION_CONSTANT
 #define FUNCTION_CONSTANT(name, index) constant uint name [[function_constant(index)]]
 #endif
 

@@ -34,7 +34,7 @@ inline device uchar* find(thread const Sources& sources, Location location) {
   const uint source = uint(location >> 56);
   device uchar* base = sources.at[0];
   for (uint i = 1; i < kMaxSources; ++i) base = source == i ? sources.at[i] : base;
-  return base + (location & 0xffffffffffffffull);
+  return base + (location & 0xfffffffffffffful);
 }
 
 inline Stored find(thread const Sources& sources, constant StoredMatrix& matrix) {

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "tests" / "metal" / "executor"
 SHADERS = ROOT / "metal"
 BUFFERS, CONSTANTS = 31, 16
+_PATTERN = "-ftrivial-auto-var-init=pattern"
 
 
 class DispatchError(Exception):
@@ -44,8 +45,14 @@ def build(directory: Path, shaders: Path = SHADERS, flags: Sequence[str] = ()) -
     cxx = compiler()
     assert cxx
     command = [cxx, "-std=c++17", "-O2", "-fPIC", "-shared", "-Wno-unknown-pragmas"]
-    command += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
-    command += ["-ftrivial-auto-var-init=pattern", *flags]
+    command += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error", *flags]
+    if (
+        subprocess.run(
+            [cxx, _PATTERN, "-xc++", "-fsyntax-only", os.devnull], check=False, capture_output=True
+        ).returncode
+        == 0
+    ):
+        command.append(_PATTERN)
     command += ["-I", str(SOURCES / "include"), "-I", str(shaders)]
     command += [*map(str, sorted(SOURCES.glob("*.cpp"))), "-o", str(library)]
     subprocess.run(command, check=True, capture_output=True, text=True)

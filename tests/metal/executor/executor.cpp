@@ -133,30 +133,35 @@ void resolve(Lane* simdgroup) {
   }
 }
 
-// Lets the simdgroups go on whose lanes all wait at one operation; says whether there were any.
-bool resolve_simdgroups() {
-  bool any = false;
-  for (unsigned first = 0; first < run.threads; first += kSimdWidth) {
-    Lane* simdgroup = lanes + first;
-    unsigned waiting = 0;
-    const Lane* one = nullptr;
-    bool same = true;
-    for (unsigned i = 0; i < kSimdWidth; ++i) {
-      if (simdgroup[i].wait != Wait::kSimd) continue;
-      if (one) same &= one->site == simdgroup[i].site && one->operation == simdgroup[i].operation;
-      one = &simdgroup[i];
-      ++waiting;
-    }
-    if (waiting == 0) continue;
-    if (waiting < kSimdWidth || !same) {
-      set_error("simdgroup operation on line %d not reached by every lane of simdgroup %u",
-                one->site.line, first / kSimdWidth);
-      return false;
-    }
-    resolve(simdgroup);
-    any = true;
+// Lets a simdgroup go on if its lanes, none of which runs, wait at an operation.
+void resolve_simdgroup(Lane* simdgroup) {
+  unsigned waiting = 0;
+  const Lane* one = nullptr;
+  bool same = true;
+  for (unsigned i = 0; i < kSimdWidth; ++i) {
+    if (simdgroup[i].wait != Wait::kSimd) continue;
+    if (one) same &= one->site == simdgroup[i].site && one->operation == simdgroup[i].operation;
+    one = &simdgroup[i];
+    ++waiting;
   }
-  return any;
+  if (waiting == 0) return;
+  if (waiting == kSimdWidth && same) return resolve(simdgroup);
+  set_error("simdgroup operation on line %d not reached by every lane of simdgroup %u",
+            one->site.line, static_cast<unsigned>(simdgroup - lanes) / kSimdWidth);
+}
+
+// Runs the lanes that can run, in any order, up to their next wait, which ends where it can.
+void step(unsigned simdgroup, std::mt19937* shuffle) {
+  unsigned order[kSimdWidth];
+  std::iota(order, order + kSimdWidth, simdgroup * kSimdWidth);
+  if (shuffle) std::shuffle(order, order + kSimdWidth, *shuffle);
+  for (const unsigned i : order) {
+    if (lanes[i].wait != Wait::kNone) continue;
+    run.current = i;
+    lanes[i].fibre.resume();
+    if (!run.error.empty()) return;
+  }
+  resolve_simdgroup(lanes + simdgroup * kSimdWidth);
 }
 
 // Lets all threads go on if they wait at one barrier; says whether they did.
@@ -187,17 +192,23 @@ void run_threadgroup(std::mt19937* shuffle) {
     lanes[i].wait = Wait::kNone;
     lanes[i].fibre.start(stacks + i * kStack, kStack, enter_kernel);
   }
-  std::vector<unsigned> order(run.threads);
-  std::iota(order.begin(), order.end(), 0u);
-  while (true) {
-    if (shuffle) std::shuffle(order.begin(), order.end(), *shuffle);
-    for (const unsigned i : order) {
-      if (lanes[i].wait != Wait::kNone) continue;
-      run.current = i;
-      lanes[i].fibre.resume();
-      if (!run.error.empty()) return;
+  // One simdgroup runs far ahead of the others as often as it does not, so that nothing is in
+  // order but by a barrier. (All lanes of a simdgroup wait for the same: one tells.)
+  std::vector<unsigned> ready;
+  while (run.error.empty()) {
+    ready.clear();
+    for (unsigned i = 0; i < run.threads; i += kSimdWidth) {
+      if (lanes[i].wait == Wait::kNone) ready.push_back(i / kSimdWidth);
     }
-    if (!resolve_simdgroups() && (!run.error.empty() || !resolve_barrier())) return;
+    if (ready.empty()) {
+      if (!resolve_barrier()) return;
+      continue;
+    }
+    const unsigned simdgroup = shuffle ? ready[(*shuffle)() % ready.size()] : ready[0];
+    const bool far = !shuffle || (*shuffle)() % 2 == 0;
+    do {
+      step(simdgroup, shuffle);
+    } while (far && run.error.empty() && lanes[simdgroup * kSimdWidth].wait == Wait::kNone);
   }
 }
 

@@ -1,0 +1,290 @@
+"""The checks of the shaders are themselves checked: each planted fault must be rejected."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import test_metal_kernels as kernels
+from shader_executor import SHADERS, DispatchError, Executor, build, compiler
+
+BF16, F16, F32 = kernels.BF16, kernels.F16, kernels.F32
+Run = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`old` becomes `new` in a file of metal/; `check` is what must fail, with `error` in its
+    message.
+    """
+
+    fault: str
+    file: str
+    old: str
+    new: str
+    check: Callable[[Run], None]
+    error: str = ""
+    count: int = 1  # how often `old` stands in the file; the first is replaced
+
+    def plant(self, directory: Path) -> Path:
+        for path in SHADERS.iterdir():
+            text = path.read_text()
+            if path.name == self.file:
+                assert text.count(self.old) == self.count, f"{self.fault}: not as expected"
+                text = text.replace(self.old, self.new, 1)
+            (directory / path.name).write_text(text)
+        return directory
+
+
+_BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
+
+
+def _matmul(run: Run) -> None:
+    kernels.test_products_of_every_format(run, "matmul", (4, 64, BF16))
+
+
+def _matvec(run: Run) -> None:
+    kernels.test_long_rows_are_shared_by_simdgroups(run, "matvec", 4096)
+
+
+def _delta(run: Run) -> None:
+    kernels.test_gated_delta(run, (11, 2, 4, 32, 32))
+
+
+def _attention(run: Run) -> None:
+    kernels.test_attention(run, F32, (7, 3, 1, 96, 22, 61), 32)
+
+
+def _norm(run: Run) -> None:
+    kernels.test_rms_norm(run, 1025)
+
+
+def _experts(run: Run) -> None:
+    kernels.test_experts(run, False, (4, 64, BF16), (4, 64, BF16))
+
+
+EXECUTED = [
+    Mutant("no barrier in the sum of a threadgroup", "common.h", f"  {_BARRIER}\n", "", _norm),
+    Mutant("no barrier before splits are added", "matvec.metal", f"  {_BARRIER}\n", "", _matvec),
+    Mutant(
+        "no barrier between filling a tile and reading it",
+        "tiles.h",
+        f"    {_BARRIER}\n    for (uint k",
+        "    for (uint k",
+        _matmul,
+    ),
+    Mutant(
+        "a tile filled while others still read the last",
+        "tiles.h",
+        f"    {_BARRIER}\n    for (uint i",
+        "    for (uint i",
+        _matmul,
+    ),
+    Mutant(
+        "no barrier between the parts of a column and their sum",
+        "delta.metal",
+        f"      {_BARRIER}\n",
+        "",
+        _delta,
+    ),
+    Mutant(
+        "one side for the sums of all tokens",
+        "delta.metal",
+        "i % 2 * kDeltaParts",
+        "0 * kDeltaParts",
+        _delta,
+    ),
+    Mutant(
+        "no barrier between scores and softmax",
+        "attention.metal",
+        f"    {_BARRIER}\n\n    for (uint r",
+        "\n    for (uint r",
+        _attention,
+    ),
+    Mutant(
+        "scores of the next keys while others still use the last",
+        "attention.metal",
+        f"    {_BARRIER}\n  }}\n\n  for (uint r",
+        "  }\n\n  for (uint r",
+        lambda run: kernels.test_attention(run, F32, (5, 8, 1, 64, 16, 130), 1024),
+    ),
+    Mutant(
+        "outputs normed before the last token's are there",
+        "delta.metal",
+        f"    {_BARRIER}\n\n    for (uint i = simdgroup",
+        "    for (uint i = simdgroup",
+        _delta,
+    ),
+    Mutant(
+        "no barrier between a head's norm and its rotation",
+        "attention.metal",
+        "  simdgroup_barrier(mem_flags::mem_threadgroup);\n\n  const ulong position",
+        "  const ulong position",
+        _attention,
+    ),
+    Mutant(
+        "a return before a barrier",
+        "matvec.metal",
+        f"  {_BARRIER}",
+        f"  if (first + place.first_row >= product.rows) return;\n  {_BARRIER}",
+        _matvec,
+        "threadgroup_barrier",
+    ),
+    Mutant(
+        "a simdgroup's sum that half of its lanes reach",
+        "common.h",
+        "const float sum = simd_sum(value);",
+        "const float sum = lane < 16 ? simd_sum(value) : 0;",
+        _norm,
+        "not reached by every lane",
+    ),
+    Mutant(
+        "one element too many",
+        "norm.metal",
+        "i < args.width; i += kNormThreads) {\n    out",
+        "i <= args.width; i += kNormThreads) {\n    out",
+        _norm,
+        "past the end",
+    ),
+    Mutant(
+        "one row too many",
+        "matvec.metal",
+        "row >= product.rows",
+        "row > product.rows",
+        _matvec,
+        "past the end",
+    ),
+    Mutant(
+        "a column's bound left out",
+        "embed.metal",
+        "  if (column >= args.columns) return;\n",
+        "",
+        lambda run: kernels.test_embed_gives_rows_of_the_table(run, (0, 0, F32)),
+        "past the end",
+    ),
+    Mutant(
+        "wide loads off by a word",
+        "matvec.h",
+        "const uint4 words = *(device const uint4*)w;",
+        "const uint4 words = *(device const uint4*)(w + 4);",
+        _matvec,
+        "misaligned",
+    ),
+    Mutant(
+        "two buffers exchanged",
+        "norm.metal",
+        "[[buffer(kCombineSharedOut)]]",
+        "[[buffer(kCombineExpertOut)]]",
+        lambda run: kernels.test_combine_adds_to_the_stream_and_norms_it(run, 96),
+    ),
+    Mutant(
+        "an index that the host does not bind",
+        "route.metal",
+        "[[buffer(kRouteWeights)]]",
+        "[[buffer(kRouteWeights + 7)]]",
+        lambda run: kernels.test_route(run, 8, 4, True),
+        "nothing is bound at index 9",
+    ),
+    Mutant(
+        "more threadgroup memory than there is",
+        "route.metal",
+        "[kMaxRouted]",
+        "[9 * kMaxRouted]",
+        lambda run: kernels.test_route(run, 8, 4, True),
+        "threadgroup memory",
+    ),
+    Mutant(
+        "up in the format of gate",
+        "experts.metal",
+        "second_format()",
+        "first_format()",
+        lambda run: kernels.test_gate_and_up_of_different_formats(run, False),
+        count=2,
+    ),
+    Mutant(
+        "every pair's output in the row of the first",
+        "experts.metal",
+        "pair_rows[pair]",
+        "pair_rows[0]",
+        _experts,
+    ),
+    Mutant(
+        "ties to the higher index",
+        "route.metal",
+        "left[e] > best",
+        "left[e] >= best",
+        lambda run: kernels.test_route(run, 512, 10, True),
+    ),
+    Mutant(
+        "a key of the future in sight",
+        "attention.metal",
+        "position <= args.position + token;",
+        "position <= args.position + token + 1;",
+        _attention,
+    ),
+    Mutant(
+        "caches cut instead of rounded",
+        "common.h",
+        "(bits + 0x7fff + ((bits >> 16) & 1))",
+        "(bits)",
+        lambda run: kernels.test_attention(run, BF16, (7, 3, 1, 96, 22, 61), 32),
+    ),
+]
+
+
+@pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("mutant", EXECUTED, ids=lambda m: m.fault.replace(" ", "-"))
+def test_the_executor_rejects(mutant: Mutant, tmp_path: Path) -> None:
+    run = kernels.runner(Executor(build(tmp_path, mutant.plant(tmp_path), ["-O1"])))
+    with pytest.raises((AssertionError, DispatchError), match=mutant.error or None):
+        mutant.check(run)
+
+
+def _typed(fault: str, file: str, old: str, new: str, count: int = 1) -> Mutant:
+    return Mutant(fault, file, old, new, lambda run: None, count=count)
+
+
+TYPED = [
+    _typed(
+        "threadgroup memory passed as device memory",
+        "common.h",
+        "threadgroup float* partial, uint simdgroups",
+        "device float* partial, uint simdgroups",
+    ),
+    _typed(
+        "constants passed as device memory",
+        "experts.metal",
+        "constant StoredMatrix& matrix",
+        "device StoredMatrix& matrix",
+    ),
+    _typed(
+        "a write to an input",
+        "norm.metal",
+        "device float* out [[buffer(kNormOut)]]",
+        "device const float* out [[buffer(kNormOut)]]",
+    ),
+    _typed(
+        "a double", "common.h", "inline float sigmoid(float x)", "inline double sigmoid(float x)"
+    ),
+    _typed("a name that is not Metal's", "delta.metal", "log(u)", "log1p(u)"),
+    _typed("a field that does not exist", "route.metal", "args.top_k;", "args.topk;"),
+]
+
+
+@pytest.mark.parametrize("mutant", TYPED, ids=lambda m: m.fault.replace(" ", "-"))
+def test_the_type_check_rejects(mutant: Mutant, tmp_path: Path) -> None:
+    pytest.importorskip("clang.cindex", reason="needs libclang")
+    from test_metal_types import FILES, MODES, problems  # noqa: PLC0415
+
+    shaders = mutant.plant(tmp_path)
+    assert any(problems(shaders / name, mode) for name in FILES for mode in MODES)
+
+
+def test_the_type_check_rejects_two_arguments_at_one_index(tmp_path: Path) -> None:
+    pytest.importorskip("clang.cindex", reason="needs libclang")
+    import test_metal_types  # noqa: PLC0415
+
+    mutant = next(m for m in EXECUTED if m.fault == "two buffers exchanged")
+    shaders = mutant.plant(tmp_path)
+    with pytest.raises(AssertionError, match="combine"):
+        test_metal_types.check_indices(shaders)
