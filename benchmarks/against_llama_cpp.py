@@ -139,6 +139,18 @@ class Worker:
         return result
 
 
+def exported(checkpoint: Path) -> Path:
+    """The checkpoint as GGUF beside itself, made if it is not there."""
+    from gguf_export import export  # noqa: PLC0415
+
+    file = checkpoint / "model-q4_0.gguf"
+    if not file.exists():
+        partial = file.with_suffix(".partial")
+        export(checkpoint, partial)
+        partial.rename(file)
+    return file
+
+
 def summary(values: list[float]) -> str:
     return f"{statistics.median(values):8.2f}  ({min(values):.2f} .. {max(values):.2f})"
 
@@ -165,13 +177,7 @@ def main() -> None:
         )
         return
 
-    from gguf_export import export  # noqa: PLC0415
-
-    gguf_file = arguments.checkpoint / "model-q4_0.gguf"
-    if not gguf_file.exists():
-        partial = gguf_file.with_suffix(".partial")
-        export(arguments.checkpoint, partial)
-        partial.rename(gguf_file)
+    gguf_file = exported(arguments.checkpoint)
     config = json.loads((arguments.checkpoint / "config.json").read_text())
     config = config.get("text_config", config)
     common = ["--threads", str(arguments.threads), "--prompt", str(arguments.prompt)]

@@ -44,20 +44,15 @@ FLASHMOE_INLINE float row_product(const Matrix& m, int64_t row, const Int8Input&
   return pairwise_sum(sums);
 }
 
-// Adds to each lane the one `Half` lanes away.
-template <int Half, int... Lane>
-FLASHMOE_INLINE Floats add_neighbours(Floats value, std::integer_sequence<int, Lane...>) {
-  return value + __builtin_shufflevector(value, value, (Lane ^ Half)...);
-}
-template <int Half>
-FLASHMOE_INLINE Block<Floats> add_neighbours(const Block<Floats>& sums) {
+// Adds to each of sixteen lanes the one whose index differs in the bit `Distance`.
+template <int Distance>
+FLASHMOE_INLINE Block<Floats> add_partners(const Block<Floats>& sums) {
   Block<Floats> result;
   for (int i = 0; i < kParts; ++i) {
-    if constexpr (Half >= kLanes) {
-      result.part[i] = sums.part[i] + sums.part[i ^ (Half / kLanes)];
+    if constexpr (Distance >= kLanes) {
+      result.part[i] = sums.part[i] + sums.part[i ^ (Distance / kLanes)];
     } else {
-      result.part[i] =
-          add_neighbours<Half>(sums.part[i], std::make_integer_sequence<int, kLanes>());
+      result.part[i] = sums.part[i] + partners<Distance>(sums.part[i]);
     }
   }
   return result;
@@ -84,9 +79,9 @@ FLASHMOE_INLINE void short_rows_product(const Matrix& m, int64_t row, const Int8
     const Floats term = scales.part[i] * exact + biases.part[i] * load(input_sums + i * kLanes);
     sums.part[i] += term * load(input_scales + i * kLanes);
   }
-  if (x.groups >= 8) sums = add_neighbours<4>(sums);
-  if (x.groups >= 4) sums = add_neighbours<2>(sums);
-  if (x.groups >= 2) sums = add_neighbours<1>(sums);
+  if (x.groups >= 8) sums = add_partners<4>(sums);
+  if (x.groups >= 4) sums = add_partners<2>(sums);
+  if (x.groups >= 2) sums = add_partners<1>(sums);
   for (int i = 0; i < kParts; ++i) store(products + i * kLanes, sums.part[i]);
 }
 

@@ -1,7 +1,24 @@
 // Inputs to 8 bits, as Int8Input describes.
 
+FLASHMOE_INLINE Ints larger(Ints a, Ints b) {
+  return a > b ? a : b;
+}
+
+// Puts the values of `count` columns, the first at byte `byte` of the packed row, into its planes.
+template <int Planes>
+FLASHMOE_INLINE void interleave(const int8_t* q, int count, ptrdiff_t byte, int8_t* values) {
+  const int bytes = count / Planes;
+  const int run = bytes < 64 ? bytes : 64;  // groups begin at multiples of their size
+  for (int first = 0; first < bytes; first += run) {
+    int8_t* plane = values + (byte + first) / 64 * 64 * Planes + (byte + first) % 64;
+    for (int p = 0; p < Planes; ++p) {
+      for (int j = 0; j < run; ++j) plane[p * 64 + j] = q[(first + j) * Planes + p];
+    }
+  }
+}
+
 void quantise(const float* x, int token, int begin, int end, const Int8Input& out) {
-  const int group = out.group, planes = 8 / out.bits;
+  const int group = out.group;
   int8_t* values = out.values + token * out.stride;
   float* scales = out.scales + static_cast<ptrdiff_t>(token) * out.group_stride;
   float* sums = out.sums + static_cast<ptrdiff_t>(token) * out.group_stride;
@@ -10,12 +27,9 @@ void quantise(const float* x, int token, int begin, int end, const Int8Input& ou
     // The magnitudes of floats are ordered as their bits are, NaN largest: it reaches the scale.
     Ints top = {};
     for (int i = 0; i < group; i += kLanes) {
-      const Ints magnitude = reinterpret_cast<Ints>(load(from + i)) & 0x7fffffff;
-      top = magnitude > top ? magnitude : top;
+      top = larger(top, reinterpret_cast<Ints>(load(from + i)) & 0x7fffffff);
     }
-    int32_t largest_bits = 0;
-    for (int i = 0; i < kLanes; ++i) largest_bits = top[i] > largest_bits ? top[i] : largest_bits;
-    const float largest_value = __builtin_bit_cast(float, largest_bits);
+    const float largest_value = __builtin_bit_cast(float, fold(top, larger));
     const float inverse = largest_value > 1e-30f ? 127.0f / largest_value : 0.0f;
     int8_t q[128];
     Ints total = {};
@@ -25,18 +39,22 @@ void quantise(const float* x, int token, int begin, int end, const Int8Input& ou
       total += value;
       for (int lane = 0; lane < kLanes; ++lane) q[i + lane] = static_cast<int8_t>(value[lane]);
     }
-    int32_t sum_of_values = 0;
-    for (int lane = 0; lane < kLanes; ++lane) sum_of_values += total[lane];
+    const auto sum_of_values = static_cast<float>(fold(total, [](Ints a, Ints b) { return a + b; }));
     for (int copy = 0; copy < out.copies; ++copy) {
       const int to = copy * out.groups + g;
       scales[to] = largest_value / 127.0f;
-      sums[to] = static_cast<float>(sum_of_values);
-      const ptrdiff_t byte = static_cast<ptrdiff_t>(to) * group / planes;
-      for (int p = 0; p < planes; ++p) {
-        for (int j = 0; j < group / planes; ++j) {
-          const ptrdiff_t at = byte + j;
-          values[at / 64 * 64 * planes + p * 64 + at % 64] = q[j * planes + p];
-        }
+      sums[to] = sum_of_values;
+      const ptrdiff_t byte = static_cast<ptrdiff_t>(to) * group * out.bits / 8;
+      switch (out.bits) {
+        case 2:
+          interleave<4>(q, group, byte, values);
+          break;
+        case 4:
+          interleave<2>(q, group, byte, values);
+          break;
+        case 8:
+          interleave<1>(q, group, byte, values);
+          break;
       }
     }
   }

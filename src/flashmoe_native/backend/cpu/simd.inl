@@ -78,42 +78,35 @@ FLASHMOE_INLINE Floats maximum(Floats a, Floats b) {
   return a > b ? a : b;
 }
 
-#if defined(__AVX512F__)
-#define FLASHMOE_FOLD(value, combine)                                                            \
-  Floats folded = value;                                                                         \
-  folded = combine(folded, __builtin_shufflevector(folded, folded, 8, 9, 10, 11, 12, 13, 14, 15, \
-                                                   0, 1, 2, 3, 4, 5, 6, 7));                     \
-  folded = combine(folded, __builtin_shufflevector(folded, folded, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, \
-                                                   6, 7, 0, 1, 2, 3));                           \
-  folded = combine(folded, __builtin_shufflevector(folded, folded, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, \
-                                                   0, 1, 2, 3, 0, 1));                           \
-  folded = combine(folded, __builtin_shufflevector(folded, folded, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, \
-                                                   1, 0, 1, 0, 1, 0));
-#elif defined(__AVX2__)
-#define FLASHMOE_FOLD(value, combine)                                                        \
-  Floats folded = value;                                                                     \
-  folded = combine(folded, __builtin_shufflevector(folded, folded, 4, 5, 6, 7, 0, 1, 2, 3)); \
-  folded = combine(folded, __builtin_shufflevector(folded, folded, 2, 3, 0, 1, 2, 3, 0, 1)); \
-  folded = combine(folded, __builtin_shufflevector(folded, folded, 1, 0, 1, 0, 1, 0, 1, 0));
-#else
-#define FLASHMOE_FOLD(value, combine)                                            \
-  Floats folded = value;                                                         \
-  folded = combine(folded, __builtin_shufflevector(folded, folded, 2, 3, 0, 1)); \
-  folded = combine(folded, __builtin_shufflevector(folded, folded, 1, 0, 1, 0));
-#endif
-
 FLASHMOE_INLINE Floats plus(Floats a, Floats b) {
   return a + b;
 }
 
+// Each lane and the one whose index differs in the bit `Distance`.
+template <int Distance, class Vector, int... Lane>
+FLASHMOE_INLINE Vector partners(Vector value, std::integer_sequence<int, Lane...>) {
+  return __builtin_shufflevector(value, value, (Lane ^ Distance)...);
+}
+template <int Distance, class Vector>
+FLASHMOE_INLINE Vector partners(Vector value) {
+  return partners<Distance>(value, std::make_integer_sequence<int, kLanes>());
+}
+
+// All lanes combined: those half a vector apart, then a quarter, ...
+template <class Vector, class Combine>
+FLASHMOE_INLINE auto fold(Vector value, Combine combine) {
+  if constexpr (kLanes > 8) value = combine(value, partners<8>(value));
+  if constexpr (kLanes > 4) value = combine(value, partners<4>(value));
+  value = combine(value, partners<2>(value));
+  return combine(value, partners<1>(value))[0];
+}
+
 FLASHMOE_INLINE float sum(Floats value) {
-  FLASHMOE_FOLD(value, plus)
-  return folded[0];
+  return fold(value, plus);
 }
 
 FLASHMOE_INLINE float largest(Floats value) {
-  FLASHMOE_FOLD(value, maximum)
-  return folded[0];
+  return fold(value, maximum);
 }
 
 // e^x to about 2 ulp; 0 below -87.3, e^88 above 88, NaN for NaN. Reduced to |r| <= ln 2 / 2 by

@@ -1,0 +1,70 @@
+"""What a benchmark does to the machine around a process: a memory limit, cold files, readahead."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+@contextlib.contextmanager
+def memory_limit(size: int) -> Iterator[Callable[[], None]]:
+    """A cgroup of `size` bytes below this process's own; gives what a child calls to join it.
+
+    Version 2 (memory.max; the controller must be delegated) or 1 (memory.limit_in_bytes). Needs
+    the right to make a group, which root has.
+    """
+    own = dict(
+        line.split(":", 2)[1:] for line in Path("/proc/self/cgroup").read_text().splitlines()
+    )
+    if "memory" in own:
+        group, file = CGROUPS / "memory" / own["memory"].lstrip("/"), "memory.limit_in_bytes"
+    else:
+        group, file = CGROUPS / own[""].lstrip("/"), "memory.max"
+    inner = group / f"flashmoe-{os.getpid()}"
+    inner.mkdir()
+    try:
+        (inner / file).write_text(str(size))
+        yield lambda: (inner / "cgroup.procs").write_text(str(os.getpid())) and None
+    finally:
+        inner.rmdir()
+
+
+def drop(path: Path) -> None:
+    """Takes a file out of the page cache."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
+def _setting(path: Path) -> Path:
+    device = path.stat().st_dev
+    block = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}")
+    queue = block / "queue"
+    return (queue if queue.is_dir() else block.resolve().parent / "queue") / "read_ahead_kb"
+
+
+@contextlib.contextmanager
+def readahead(path: Path, kilobytes: int | None) -> Iterator[None]:
+    """The readahead of the disk that holds `path`; None leaves it."""
+    if kilobytes is None:
+        yield
+        return
+    setting = _setting(path)
+    before = setting.read_text()
+    setting.write_text(str(kilobytes))
+    try:
+        yield
+    finally:
+        setting.write_text(before)
+
+
+def readahead_of(path: Path) -> int:
+    """KiB that the system reads ahead on the disk that holds `path`."""
+    return int(_setting(path).read_text())
