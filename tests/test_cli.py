@@ -175,18 +175,24 @@ def test_a_package_without_the_demo_model_says_so(monkeypatch, tmp_path) -> None
     assert "demo model is not in this installation" in result.stderr
 
 
-def test_bench_measures_several_runs(model: str) -> None:
-    arguments = ("bench", model, "--runs", "2", "--prompt-tokens", "7", "--tokens", "5")
+def test_bench_measures_several_runs_and_says_where_the_time_goes() -> None:
+    arguments = ("bench", "demo", "--runs", "2", "--prompt-tokens", "7", "--tokens", "5")
     result = _run(*arguments, "--json")
     assert result.exit_code == 0
     answer = json.loads(result.stdout)
     assert [run["generated_tokens"] for run in answer["runs"]] == [5, 5]
     assert answer["median"]["decode_rate"] > 0
-    assert answer["median"]["bytes_read"] == 5000
+    decode = answer["decode"]
+    spent = sum(sum(layer.values()) for layer in decode["layers"]) + decode["head_seconds"]
+    assert 0.5 * decode["seconds"] < spent <= decode["seconds"]
+    assert len(decode["layers"]) == len(decode["layer_types"])
     assert "run 2 of 2" in result.stderr
     shown = _run(*arguments).stdout
     for label in ("prefill", "decode", "first token", "experts read", "from memory", "peak memory"):
         assert f"  {label}" in shown
+    for label in ("GatedDeltaNet", "attention", "router", "experts", "head"):
+        assert f"    {label}" in shown
+    assert "that memory gives" in shown
 
 
 def test_pack_takes_its_options_and_says_what_it_wrote(monkeypatch, tmp_path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from fake_engine import FakeEngine, hashed, install, make_directory, make_tokenizer, spelling
 
 import flashmoe
-from flashmoe.model import CHUNK, parse_bytes
+from flashmoe.model import parse_bytes, prompt_chunk
 
 
 @pytest.fixture
@@ -89,15 +89,16 @@ def test_generation_defaults_of_the_checkpoint_are_used(engine, directory) -> No
 
 def test_a_long_prompt_goes_in_chunks_and_says_how_far_it_is(model, engine) -> None:
     seen = []
-    prompt = [i % 500 for i in range(2 * CHUNK + 5)]
+    chunk = model._chunk = 128
+    prompt = [i % 500 for i in range(2 * chunk + 5)]
     list(
         model.generate(
             prompt, max_tokens=1, progress=lambda done, total: seen.append((done, total))
         )
     )
-    assert engine.calls == [CHUNK, CHUNK, 5]
+    assert engine.calls == [chunk, chunk, 5]
     n = len(prompt)
-    assert seen == [(0, n), (CHUNK, n), (2 * CHUNK, n), (n, n)]
+    assert seen == [(0, n), (chunk, n), (2 * chunk, n), (n, n)]
 
 
 def test_closing_the_iterator_stops_the_work(model, engine) -> None:
@@ -418,3 +419,10 @@ def test_sizes_are_read(text, nbytes) -> None:
 def test_what_is_no_size_is_refused(text) -> None:
     with pytest.raises(flashmoe.ArgumentError, match="size"):
         parse_bytes(text)
+
+
+def test_a_chunk_of_a_prompt_is_as_long_as_memory_allows(model: flashmoe.Model) -> None:
+    chunks = [prompt_chunk(model.config, 4, memory) for memory in (1 << 16, 1 << 26, 1 << 40)]
+    assert chunks[0] == 128
+    assert 128 < chunks[1] < 2048
+    assert chunks[2] == 2048

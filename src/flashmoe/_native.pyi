@@ -75,7 +75,11 @@ class Engine:
     def stats(self) -> dict[str, float]:
         """reads, bytes_read, bytes_cached (of them in the page cache; -1 where the system cannot
         tell), read_seconds (summed over reads, which overlap), wait_seconds, expert_hits,
-        expert_misses, tokens, forward_seconds, resident_bytes, slot_bytes, activation_bytes."""
+        expert_misses, tokens, forward_seconds, head_seconds, resident_bytes, slot_bytes,
+        activation_bytes."""
+    def layer_times(self) -> list[dict[str, float]]:
+        """Seconds so far in each layer's mixer (with its norm), router, wait (for experts), experts
+        (the shared one too) and combine, as the host saw them."""
     def close(self) -> None: ...
 
 def cpu_kernels() -> str:

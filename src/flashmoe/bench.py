@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flashmoe import machine
+from flashmoe.checkpoint import Checkpoint
+from flashmoe.info import summarise
 from flashmoe.sampling import Sampler, Sampling
 
 if TYPE_CHECKING:
@@ -24,6 +27,10 @@ MEASURED = (
     "wait_seconds",
     "peak_memory",
 )
+
+PARTS = ("mixer", "router", "wait", "experts", "combine")
+"""Of a layer's time: norm and GatedDeltaNet or attention; norm, router and top-k; waiting for
+experts from disk; the experts, the shared one too; their sum."""
 
 
 def run_bench(
@@ -45,27 +52,75 @@ def run_bench(
         done: called after each run with its number, from 1, and its statistics.
     Returns:
         "median" of every number in MEASURED (None where unknown), "runs" (`Stats.to_dict` of each),
-        and what was asked for.
+        "decode": where the time of a token goes and how near the machine's limits that is (see
+        `_decode_breakdown`), and what was asked for.
     """
     ids = np.random.default_rng(seed).integers(0, model.config.vocab_size, prompt_tokens).tolist()
-    results = []
+    engine = model._engine
+    results: list[dict[str, Any]] = []
+    decodes: list[dict[str, Any]] = []
+    memory_rates, disk_rates = [], []
+    checkpoint = Checkpoint.open(model.directory)
+    largest = max(layer.expert_bytes for layer in checkpoint.experts)
     for count in range(1, runs + 1):
+        memory_rates.append(machine.memory_rate(model.threads))
+        disk_rates.append(machine.disk_rate(checkpoint.files, largest, seconds=1))
         sampler = Sampler(Sampling(), None)
+        prompted: tuple[Any, Any] | None = None
         for _token in model._steps(
             ids, model.new_state(), sampler, None, tokens, frozenset(), None
         ):
-            pass
+            prompted = prompted or (engine.stats(), engine.layer_times())
         results.append(model.stats.to_dict())
+        assert prompted is not None
+        decodes.append(
+            _decode_breakdown(prompted, (engine.stats(), engine.layer_times()), tokens - 1)
+        )
         done(count, results[-1])
 
     def median(name: str) -> float | None:
         values = [run[name] for run in results if run[name] is not None]
         return statistics.median(values) if values else None
 
+    order = sorted(range(runs), key=lambda i: decodes[i]["seconds"])
+    middle = order[runs // 2]
+    decode = decodes[middle] | {
+        "layer_types": list(model.config.layer_types),
+        "bytes_touched": _bytes_touched(checkpoint, model.experts_per_token),
+        "memory_rate": memory_rates[middle],
+        "disk_rate": disk_rates[middle],
+    }
     return {
         "source": model.source,
         "prompt_tokens": prompt_tokens,
         "tokens": tokens,
         "median": {name: median(name) for name in MEASURED},
+        "decode": decode,
         "runs": results,
     }
+
+
+def _decode_breakdown(before: Any, after: Any, tokens: int) -> dict[str, Any]:
+    """Per token of one run's decode: seconds, head_seconds, bytes_read, and for each layer the
+    seconds of its PARTS."""
+
+    def grown(name: str) -> float:
+        return float(after[0][name] - before[0][name]) / tokens
+
+    return {
+        "seconds": grown("forward_seconds"),
+        "head_seconds": grown("head_seconds"),
+        "bytes_read": grown("bytes_read"),
+        "layers": [
+            {part: (now[part] - then[part]) / tokens for part in PARTS}
+            for then, now in zip(before[1], after[1], strict=True)
+        ],
+    }
+
+
+def _bytes_touched(checkpoint: Checkpoint, experts_per_token: int) -> int:
+    """Bytes of weights that a token cannot do without: one row of the embedding is not counted."""
+    summary = summarise(checkpoint, "", 0, experts_per_token)
+    embedding = checkpoint.matrices["embed_tokens"].format.nbytes
+    tied = checkpoint.config.tie_word_embeddings
+    return summary.resident - (0 if tied else embedding) + summary.read_per_token

@@ -39,9 +39,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("flashmoe")
 
-CHUNK = 512
-"""Prompt tokens computed together: each expert that they need is read once for all of them."""
-
 PRECISIONS = ("int8", "float32")
 BACKENDS = ("auto", "cpu")
 Progress = Callable[[int, int], None]
@@ -117,8 +114,10 @@ class Model:
         self.precision = precision
         self.threads = threads or machine.physical_cores()
         self.context = context or limit
+        available = machine.available_memory()
         if cache_bytes is None:
-            cache_bytes = default_cache(checkpoint, machine.available_memory())
+            cache_bytes = default_cache(checkpoint, available)
+        self._chunk = prompt_chunk(self.config, self.experts_per_token, available)
         self.sampling = self._default_sampling()
         self.fingerprint = _fingerprint(checkpoint)
         self._turn = threading.Lock()
@@ -128,6 +127,7 @@ class Model:
             precision=precision,
             threads=self.threads,
             cache_bytes=cache_bytes,
+            chunk=self._chunk,
             progress=progress,
         )
         self._closed = False
@@ -377,9 +377,9 @@ class Model:
         start = time.perf_counter()
         if progress is not None:
             progress(0, len(todo))
-        for i in range(0, len(todo), CHUNK):
-            logits = self._forward(state, todo[i : i + CHUNK])
-            meter.prompt_tokens = min(i + CHUNK, len(todo))
+        for i in range(0, len(todo), self._chunk):
+            logits = self._forward(state, todo[i : i + self._chunk])
+            meter.prompt_tokens = min(i + self._chunk, len(todo))
             meter.prefill_seconds = time.perf_counter() - start
             if progress is not None:
                 progress(meter.prompt_tokens, len(todo))
@@ -426,6 +426,7 @@ def open_engine(
     precision: str,
     threads: int,
     cache_bytes: int,
+    chunk: int,
     progress: Progress | None,
 ) -> _native.Engine:
     """The native engine for a checkpoint, its resident weights loaded."""
@@ -438,7 +439,7 @@ def open_engine(
         precision=precision,
         threads=threads,
         cache_bytes=cache_bytes,
-        chunk=CHUNK,
+        chunk=chunk,
         progress=progress,
     )
 
@@ -459,6 +460,24 @@ def default_cache(checkpoint: Checkpoint, available: int) -> int:
     if experts <= left:
         return experts
     return 0 if sys.platform == "darwin" else left
+
+
+def prompt_chunk(config: ModelConfig, experts_per_token: int, available: int) -> int:
+    """Prompt tokens to compute together: a power of two from 128 to 2048.
+
+    A chunk reads nearly every expert once, so that the longest is the fastest; its activations
+    take at most 2.5 % of the available memory.
+    """
+    heads = 2 * config.num_attention_heads * config.head_dim
+    values = config.linear_num_value_heads * config.linear_value_head_dim
+    keys = config.linear_num_key_heads * config.linear_key_head_dim
+    floats = (3 + experts_per_token) * config.hidden_size + config.num_experts
+    floats += max(heads, 2 * keys + values) + max(heads // 2, values) * 2
+    floats += 2 * (experts_per_token + 1) * config.moe_intermediate_size
+    chunk = 2048
+    while chunk > 128 and chunk * floats * 4 > 0.025 * available:
+        chunk //= 2
+    return chunk
 
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}

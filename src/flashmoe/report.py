@@ -103,4 +103,44 @@ def bench_lines(result: dict[str, Any]) -> list[str]:
         if value is not None:
             text = form.format(value) if isinstance(form, str) else form(value)
             lines.append(f"  {label:17}  {text}")
+    return [*lines, "", *_decode_lines(result["decode"])]
+
+
+def _decode_lines(decode: dict[str, Any]) -> list[str]:
+    """Where a token's time goes, and how near the machine's limits it is."""
+    layers, kinds = decode["layers"], decode["layer_types"]
+    labels = {
+        "linear_attention": "GatedDeltaNet",
+        "full_attention": "attention",
+        "router": "router",
+        "experts": "experts",
+        "wait": "waiting for experts",
+        "combine": "combine",
+    }
+    times = dict.fromkeys(labels, 0.0)
+    for kind, layer in zip(kinds, layers, strict=True):
+        times[kind] += layer["mixer"]
+        for part in ("router", "experts", "wait", "combine"):
+            times[part] += layer[part]
+    rows = {labels[name]: seconds for name, seconds in times.items()}
+    rows["head"] = decode["head_seconds"]
+    rows["else"] = max(0.0, decode["seconds"] - sum(rows.values()))
+    lines = [f"  a token of decode: {decode['seconds'] * 1e3:.2f} ms, {len(layers)} layers"]
+    for label, seconds in rows.items():
+        share = seconds / decode["seconds"]
+        bar = "#" * round(40 * share)
+        lines.append(f"    {label:20} {seconds * 1e3:8.2f} ms {share:5.0%}  {bar}".rstrip())
+    rate = decode["bytes_touched"] / decode["seconds"]
+    lines.append(
+        f"  weights touched    {size(decode['bytes_touched'])} a token, {rate / 1e9:.1f} GB/s: "
+        f"{rate / decode['memory_rate']:.0%} of the {decode['memory_rate'] / 1e9:.1f} GB/s that "
+        "memory gives"
+    )
+    if decode["bytes_read"] > 0 and decode["disk_rate"]:
+        rate = decode["bytes_read"] / decode["seconds"]
+        lines.append(
+            f"  experts read       {size(decode['bytes_read'])} a token, {rate / 1e9:.2f} GB/s: "
+            f"{rate / decode['disk_rate']:.0%} of the {decode['disk_rate'] / 1e9:.2f} GB/s that "
+            "the disk gives"
+        )
     return lines

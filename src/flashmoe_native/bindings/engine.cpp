@@ -258,17 +258,20 @@ nb::dict statistics(const Engine& engine) {
   result["slot_bytes"] = now.slot_bytes;
   result["activation_bytes"] = now.activation_bytes;
   result["head_seconds"] = now.head_seconds;
-  nb::list layers;
-  for (const LayerTimes& times : now.layers) {
+  return result;
+}
+
+nb::list layer_times(const Engine& engine) {
+  nb::list result;
+  for (const LayerTimes& times : engine.statistics().layers) {
     nb::dict layer;
     layer["mixer"] = times.mixer;
     layer["router"] = times.router;
     layer["wait"] = times.wait;
     layer["experts"] = times.experts;
     layer["combine"] = times.combine;
-    layers.append(layer);
+    result.append(layer);
   }
-  result["layers"] = layers;
   return result;
 }
 
@@ -360,6 +363,7 @@ void bind_engine(nb::module_& m) {
           nb::rv_policy::take_ownership, nb::keep_alive<0, 1>())
       .def("forward", forward, "state"_a, "ids"_a, "all_logits"_a = false)
       .def("stats", statistics)
+      .def("layer_times", layer_times)
       .def("close", [](Engine& self) {
         const Engine::Use use(self);
         self.close();

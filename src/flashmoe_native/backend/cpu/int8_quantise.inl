@@ -39,7 +39,8 @@ void quantise(const float* x, int token, int begin, int end, const Int8Input& ou
       total += value;
       for (int lane = 0; lane < kLanes; ++lane) q[i + lane] = static_cast<int8_t>(value[lane]);
     }
-    const auto sum_of_values = static_cast<float>(fold(total, [](Ints a, Ints b) { return a + b; }));
+    const auto sum_of_values =
+        static_cast<float>(fold(total, [](Ints a, Ints b) { return a + b; }));
     for (int copy = 0; copy < out.copies; ++copy) {
       const int to = copy * out.groups + g;
       scales[to] = largest_value / 127.0f;
