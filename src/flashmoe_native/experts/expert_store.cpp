@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
+#include <limits>
 
 #include "core/error.h"
 #include "core/finite.h"
@@ -11,6 +13,11 @@ namespace {
 
 // Bytes between two parts that are read for nothing rather than with a read of their own.
 constexpr int64_t kMaxGap = 4096;
+
+// Tokens after which a use counts half. Between 16 and 256 it matters little.
+constexpr float kHalfLife = 64;
+constexpr float kPinned = std::numeric_limits<float>::infinity();
+constexpr float kEmpty = -1;
 
 using Clock = std::chrono::steady_clock;
 
@@ -77,9 +84,9 @@ ExpertStore::ExpertStore(Backend& backend, IoQueue& io,
   const int64_t wanted = std::max<int64_t>(options.min_slots, options.cache_bytes / stride_);
   slots_.resize(static_cast<size_t>(std::min(total, wanted)));
   slab_ = backend.allocate(static_cast<size_t>(slot_bytes()));
-  for (int slot = 0; slot < static_cast<int>(slots_.size()); ++slot) {
-    slots_[slot].lru = lru_.insert(lru_.end(), slot);
-  }
+  uses_.assign(static_cast<size_t>(total), 0);
+  worth_.assign(slots_.size(), kEmpty);
+  unpinned_ = static_cast<int>(slots_.size());
 }
 
 ExpertStore::~ExpertStore() {
@@ -87,11 +94,25 @@ ExpertStore::~ExpertStore() {
 }
 
 void ExpertStore::pin(int slot) {
-  lru_.erase(slots_[slot].lru);
+  worth_[slot] = kPinned;
+  --unpinned_;
 }
 
 void ExpertStore::unpin(int slot) {
-  slots_[slot].lru = lru_.insert(lru_.end(), slot);
+  const Slot& s = slots_[slot];
+  worth_[slot] = s.expert < 0 ? kEmpty : uses_[index(s.layer, s.expert)];
+  ++unpinned_;
+}
+
+void ExpertStore::age(int tokens) {
+  weight_ *= std::exp2(static_cast<float>(tokens) / kHalfLife);
+  if (weight_ < 1e20f) return;
+  const float factor = 1 / weight_;  // what becomes zero was used long ago
+  for (float& uses : uses_) uses *= factor;
+  for (float& worth : worth_) {
+    if (worth > 0 && worth != kPinned) worth *= factor;
+  }
+  weight_ = 1;
 }
 
 void ExpertStore::forget(int slot) {
@@ -124,8 +145,12 @@ ExpertStore::Layout ExpertStore::layout(const ExpertsSpec& spec, int expert) con
   return result;
 }
 
-void ExpertStore::start(int layer, std::span<const int32_t> experts) {
+void ExpertStore::start(int layer, std::span<const int32_t> experts,
+                        std::span<const int32_t> uses) {
   layer_ = layer;
+  for (size_t i = 0; i < experts.size(); ++i) {
+    uses_[index(layer, experts[i])] += weight_ * static_cast<float>(uses[i]);
+  }
   backlog_.clear();
   backlog_at_ = 0;
   int64_t hits = 0;
@@ -152,8 +177,9 @@ void ExpertStore::read_backlog() {
 }
 
 bool ExpertStore::try_read(int expert) {
-  if (lru_.empty()) return false;
-  const int slot = lru_.front();
+  if (unpinned_ == 0) return false;
+  const int slot =
+      static_cast<int>(std::min_element(worth_.begin(), worth_.end()) - worth_.begin());
   pin(slot);
   forget(slot);
   slots_[slot].layer = layer_;

@@ -2,15 +2,15 @@
 //
 // A layer's experts are asked for together (start) and handed out as they land (next), so that the
 // first is computed while the others are still being read. Slots keep what they hold until they are
-// needed for another expert: with more slots than a layer needs, they are a cache, least recently
-// used out first. One thread uses a store.
+// needed for another expert: with more slots than a layer needs, they are a cache. The expert whose
+// uses are fewest leaves first, where a use counts half after every kHalfLife tokens: that reads a
+// fifth less than least recently used (docs/performance.md). One thread uses a store.
 #pragma once
 
 #include <array>
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
-#include <list>
 #include <memory>
 #include <mutex>
 #include <span>
@@ -59,9 +59,9 @@ class ExpertStore {
   ExpertStore(const ExpertStore&) = delete;
   ExpertStore& operator=(const ExpertStore&) = delete;
 
-  // Starts reading what is not in a slot. `experts` are distinct. Only after all of the last
-  // start() was given and released, or cancelled.
-  void start(int layer, std::span<const int32_t> experts);
+  // Starts reading what is not in a slot. `experts` are distinct, uses[i] is the number of tokens
+  // that need experts[i]. Only after all of the last start() was given and released, or cancelled.
+  void start(int layer, std::span<const int32_t> experts, std::span<const int32_t> uses);
   // The experts that have landed since the last call: at least one, or none when all were given.
   // `check` is called now and then while waiting and may throw. Throws ReadError.
   std::span<const Arrived> next(const std::function<void()>& check);
@@ -71,6 +71,8 @@ class ExpertStore {
   bool starved() const { return backlog_at_ < backlog_.size(); }
   // What next() has given is no longer needed.
   void release();
+  // So many tokens have gone through all layers: earlier uses count for less.
+  void age(int tokens);
   // Forgets the rest of start(), once reads under way have landed; releases everything.
   void cancel();
 
@@ -87,7 +89,6 @@ class ExpertStore {
     int layer = -1, expert = -1;           // -1: empty
     int reads_left = 0;                    // under mutex_
     std::string error;                     // under mutex_
-    std::list<int>::iterator lru;          // valid while unpinned
     std::array<int64_t, kMaxParts> parts;  // where they begin in the slot
   };
 
@@ -104,7 +105,8 @@ class ExpertStore {
   };
 
   std::byte* memory(int slot) const { return slab_.get() + stride_ * slot; }
-  int& slot_of(int layer, int expert) { return slot_of_[layer_base_[layer] + expert]; }
+  int64_t index(int layer, int expert) const { return layer_base_[layer] + expert; }
+  int& slot_of(int layer, int expert) { return slot_of_[index(layer, expert)]; }
   bool try_read(int expert);
   void read_backlog();
   void read(int slot, const Piece& piece);
@@ -121,11 +123,16 @@ class ExpertStore {
   const int64_t alignment_;  // of a part in its slot
   bool direct_;
   std::vector<int64_t> layer_base_;
-  std::vector<int> slot_of_;  // by layer_base_ + expert; -1: in no slot
+  std::vector<int> slot_of_;  // by index(); -1: in no slot
+  std::vector<float> uses_;   // by index(), each use times what weight_ was then
+  float weight_ = 1;          // of a use now; doubles every kHalfLife tokens
   int64_t stride_ = 0;
   std::vector<Slot> slots_;
   Backend::Buffer slab_;
-  std::list<int> lru_;  // unpinned slots, the first to be reused in front
+  // How much a slot is worth keeping: its expert's uses_, less than any where it is empty,
+  // infinitely much where it is pinned.
+  std::vector<float> worth_;
+  int unpinned_ = 0;
 
   int layer_ = 0;
   std::vector<int32_t> backlog_;  // experts that wait for a slot, from backlog_at_ on

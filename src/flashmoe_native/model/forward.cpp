@@ -94,6 +94,7 @@ void Forward::run(State& state, std::span<const int32_t> ids, bool all_logits, f
     backend_.finish();
     check_finite(config_.layers(), n);
     store_.release();
+    store_.age(n);
     Stopwatch watch;
     if (logits) head(n, all_logits, logits);
     watch.lap(head_seconds_);
@@ -182,7 +183,7 @@ void Forward::mixture_of_experts(int layer, int n, const std::function<void()>& 
   watch.lap(times.router);
   group_by_expert(n);
   store_.release();
-  store_.start(layer, needed_);
+  store_.start(layer, needed_, uses_);
 
   const std::span<const int32_t> every(every_, static_cast<size_t>(n));
   calls_.assign(1, {.gate = w.shared_gate_proj,
@@ -221,8 +222,12 @@ void Forward::group_by_expert(int n) {
   std::fill(first_.begin(), first_.end(), 0);
   for (int pair = 0; pair < pairs; ++pair) ++first_[static_cast<size_t>(ids_[pair]) + 1];
   needed_.clear();
+  uses_.clear();
   for (int expert = 0; expert < config_.experts; ++expert) {
-    if (first_[expert + 1] > 0) needed_.push_back(expert);
+    if (first_[expert + 1] > 0) {
+      needed_.push_back(expert);
+      uses_.push_back(first_[expert + 1]);
+    }
     first_[expert + 1] += first_[expert];
   }
   // Filling moves first_[e] to its end, which is where e + 1 begins; shift back afterwards.

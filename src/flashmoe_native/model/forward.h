@@ -87,10 +87,11 @@ class Forward {
   // The chunk's (token, choice) pairs sorted by expert: those of expert e at first_[e] .. first_[e
   // + 1].
   std::vector<int32_t> first_;
-  int32_t* tokens_;  // token of each pair
-  int32_t* rows_;    // its row of expert_out_
-  int32_t* every_;   // 0, 1, ..., chunk - 1
-  std::vector<int32_t> needed_;
+  int32_t* tokens_;              // token of each pair
+  int32_t* rows_;                // its row of expert_out_
+  int32_t* every_;               // 0, 1, ..., chunk - 1
+  std::vector<int32_t> needed_;  // experts of the layer, and how many tokens need each
+  std::vector<int32_t> uses_;
   std::vector<ExpertCall> calls_;
 
   std::vector<LayerTimes> layer_times_;
