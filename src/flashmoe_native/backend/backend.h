@@ -5,10 +5,12 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 
 #include "core/dtype.h"
+#include "core/file.h"
 
 namespace flashmoe {
 
@@ -94,17 +96,23 @@ struct CombineCall {
   const float* shared_out;      // [n, hidden]
   const float* shared_gate;     // [n], before its sigmoid
   float* x;                     // [n, hidden], added to in the order j = 0, 1, ..., then shared
+  const float* norm_weight = nullptr;  // [hidden]: normed = rms_norm(x) follows; null: nothing does
+  float norm_eps = 0;
+  float* normed = nullptr;  // [n, hidden]
 };
 
 class Backend {
  public:
   // Page-aligned, 2 MiB-aligned when at least as large, zeroed; freed with the backend still alive.
-  using Buffer = std::unique_ptr<std::byte[], void (*)(std::byte*)>;
+  using Buffer = std::unique_ptr<std::byte[], std::function<void(std::byte*)>>;
 
   virtual ~Backend() = default;
   virtual Buffer allocate(size_t bytes) = 0;
   // Bytes; a power of two, at most 4096.
   virtual int weight_alignment() const = 0;
+  // Memory that holds `length` bytes of the file from `offset` on without a copy; empty where the
+  // backend, or the offset's alignment, calls for reading them into allocate()'s. Only to be read.
+  virtual Buffer map(const File& file, int64_t offset, int64_t length) = 0;
 
   virtual void embed(const Matrix& table, std::span<const int32_t> ids, float* out) = 0;
   virtual void rms_norm(int n, int width, const float* x, const float* weight, float eps,

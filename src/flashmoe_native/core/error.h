@@ -16,6 +16,11 @@ struct ReadError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// A GPU is absent, refused a kernel or could not finish its work.
+struct DeviceError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 // The object is closed, or in use by another thread.
 struct StateError : std::runtime_error {
   using std::runtime_error::runtime_error;

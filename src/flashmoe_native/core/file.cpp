@@ -1,6 +1,7 @@
 #include "core/file.h"
 
 #include <fcntl.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -110,6 +111,15 @@ void File::fail_short(int fd, int64_t offset, int64_t length, int64_t done) cons
   throw ReadError(describe(path_, offset, length) + ": the file ends after " +
                   std::to_string(done) + " of them (it is now " + std::to_string(status.st_size) +
                   " bytes long); it changed since it was opened");
+}
+
+std::byte* File::map(int64_t offset, size_t length) const {
+  void* base = mmap(nullptr, length, PROT_READ, MAP_SHARED, fd_, offset);
+  if (base == MAP_FAILED) {
+    throw ReadError(describe(path_, offset, static_cast<int64_t>(length)) + ": cannot map it: " +
+                    std::strerror(errno));
+  }
+  return static_cast<std::byte*>(base);
 }
 
 }  // namespace flashmoe

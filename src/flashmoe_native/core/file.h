@@ -30,6 +30,10 @@ class File {
   // `length`. Throws ReadError likewise.
   void read_direct(int64_t offset, int64_t length, std::byte* to) const;
 
+  // Maps `length` bytes from `offset`, a multiple of the page size, to be read; munmap frees them.
+  // Throws ReadError.
+  std::byte* map(int64_t offset, size_t length) const;
+
   const std::string& path() const { return path_; }
 
  private:

@@ -78,11 +78,11 @@ void Forward::run(State& state, std::span<const int32_t> ids, bool all_logits, f
   state.reserve(state.position() + n);
   try {
     backend_.embed(weights_.embed_tokens, ids, x_);
+    backend_.rms_norm(n, config_.hidden, x_, weights_.layers[0].input_layernorm, config_.norm_eps,
+                      normed_);
     for (int layer = 0; layer < config_.layers(); ++layer) {
       check();
       Stopwatch watch;
-      backend_.rms_norm(n, config_.hidden, x_, weights_.layers[layer].input_layernorm,
-                        config_.norm_eps, normed_);
       if (config_.attention_layers[layer]) {
         full_attention(layer, n, state);
       } else {
@@ -207,13 +207,18 @@ void Forward::mixture_of_experts(int layer, int n, const std::function<void()>& 
     if (arrived.empty()) break;
     calls_.clear();
   }
-  backend_.combine(n, {.hidden = config_.hidden,
-                       .top_k = config_.top_k,
-                       .expert_out = expert_out_,
-                       .expert_weights = expert_weights_,
-                       .shared_out = shared_out_,
-                       .shared_gate = shared_gate_,
-                       .x = x_});
+  const bool last = layer + 1 == config_.layers();
+  backend_.combine(n,
+                   {.hidden = config_.hidden,
+                    .top_k = config_.top_k,
+                    .expert_out = expert_out_,
+                    .expert_weights = expert_weights_,
+                    .shared_out = shared_out_,
+                    .shared_gate = shared_gate_,
+                    .x = x_,
+                    .norm_weight = last ? nullptr : weights_.layers[layer + 1].input_layernorm,
+                    .norm_eps = config_.norm_eps,
+                    .normed = normed_});
   watch.lap(times.combine);
 }
 

@@ -37,6 +37,21 @@ Loader::~Loader() {
   done_wake_.wait(lock, [&] { return done_ == submitted_; });
 }
 
+std::byte* Loader::place(const std::vector<Extent>& extents, int64_t length) {
+  if (extents.size() == 1 && length > kSharedBlock / 4) {
+    const Extent& extent = extents.front();
+    Backend::Buffer mapped = backend_.map(*files_[extent.file], extent.offset, length);
+    if (mapped) {
+      bytes_ += length;
+      buffers_.push_back(std::move(mapped));
+      return buffers_.back().get();
+    }
+  }
+  std::byte* to = allocate(length);
+  read(extents, to);
+  return to;
+}
+
 std::byte* Loader::allocate(int64_t length) {
   length = (length + kAlignment - 1) / kAlignment * kAlignment;
   bytes_ += length;
@@ -88,8 +103,7 @@ Matrix Loader::matrix(const std::string& name) {
   const auto& [format, extents] = find(spec_.matrices, name);
   std::byte* parts[3] = {};
   for (int part = 0; part < format.parts(); ++part) {
-    parts[part] = allocate(format.part_bytes(part));
-    read(extents[part], parts[part]);
+    parts[part] = place(extents[part], format.part_bytes(part));
     if (part > 0 || format.bits == 0) {
       const auto entry = spec_.matrices.find(name);
       to_check_.push_back({&entry->first, files_[extents[part].front().file]->path(), parts[part],

@@ -47,6 +47,8 @@ class Loader {
     DType dtype;
   };
 
+  // Where a tensor's bytes are, or will be after finish().
+  std::byte* place(const std::vector<Extent>& extents, int64_t length);
   std::byte* allocate(int64_t length);
   std::vector<float> floats(const std::string& name);
   const float* keep(const std::vector<float>& values);

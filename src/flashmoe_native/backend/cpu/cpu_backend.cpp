@@ -39,6 +39,7 @@ class CpuBackend final : public Backend {
 
   Buffer allocate(size_t bytes) override { return allocate_pages(bytes); }
   int weight_alignment() const override { return 2; }
+  Buffer map(const File&, int64_t, int64_t) override { return nullptr; }
   void finish() override {}
 
   void embed(const Matrix& table, std::span<const int32_t> ids, float* out) override {
@@ -105,7 +106,13 @@ class CpuBackend final : public Backend {
   void experts(int n, const float* x, std::span<const ExpertCall> calls) override;
 
   void combine(int n, const CombineCall& call) override {
-    for_each(n, call.hidden, [&](int t) { kernels_.combine(call, t, 0, call.hidden); });
+    for_each(n, call.hidden, [&](int t) {
+      kernels_.combine(call, t, 0, call.hidden);
+      if (call.norm_weight == nullptr) return;
+      const int64_t row = int64_t{t} * call.hidden;
+      kernels_.rms_norm(call.hidden, call.x + row, call.norm_weight, call.norm_eps,
+                        call.normed + row);
+    });
   }
 
  private:

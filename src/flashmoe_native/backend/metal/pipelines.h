@@ -1,0 +1,42 @@
+// Kernels: their sources compiled at once, specialised when first used.
+#pragma once
+
+#import <Metal/Metal.h>
+
+#include <array>
+#include <cstdint>
+#include <map>
+#include <string>
+#include <utility>
+
+#include "arguments.h"
+#include "backend/metal/owned.h"
+
+namespace flashmoe {
+
+#define FLASHMOE_KERNEL_NAME(file, kernel) kernel,
+enum class Kernel { FLASHMOE_KERNELS(FLASHMOE_KERNEL_NAME) };
+#undef FLASHMOE_KERNEL_NAME
+
+class Pipelines {
+ public:
+  // Values by shaders::FunctionConstant; a kernel ignores those that it does not declare.
+  using Constants = std::array<uint32_t, shaders::kFunctionConstants>;
+
+  // Compiles the .metal files of a directory. Throws DeviceError with the compiler's message.
+  Pipelines(id<MTLDevice> device, std::string directory);
+
+  // Throws DeviceError where the GPU cannot run the kernel with so many threads a threadgroup.
+  id<MTLComputePipelineState> get(Kernel kernel, const Constants& constants, uint32_t threads);
+
+ private:
+  id<MTLLibrary> library(const std::string& file);
+  Owned<id<MTLComputePipelineState>> make(Kernel kernel, const Constants& constants);
+
+  id<MTLDevice> device_;
+  const std::string directory_;
+  std::map<std::string, Owned<id<MTLLibrary>>> libraries_;
+  std::map<std::pair<Kernel, Constants>, Owned<id<MTLComputePipelineState>>> pipelines_;
+};
+
+}  // namespace flashmoe
