@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <map>
 #include <mutex>
+#include <utility>
 
 #include "backend/backend.h"
 #include "backend/metal/owned.h"
@@ -30,6 +31,8 @@ class DeviceMemory {
   Backend::Buffer map(const File& file, int64_t offset, int64_t length);
   // Where the GPU finds what a pointer into such memory points at.
   Place find(const void* pointer) const;
+  // What offset 0 of that buffer is to the CPU.
+  const std::byte* base(const void* pointer) const;
 
  private:
   using Deallocator = void (^)(void* pointer, NSUInteger length);
@@ -42,6 +45,7 @@ class DeviceMemory {
   // Hands out base + offset; `deallocator` frees the pages once Metal no longer uses them.
   Backend::Buffer wrap(std::byte* base, size_t length, size_t offset, Deallocator deallocator);
   void forget(const std::byte* data);
+  const std::pair<const std::byte* const, Region>& region(const void* pointer) const;
 
   id<MTLDevice> device_;
   const size_t page_;

@@ -87,14 +87,23 @@ void DeviceMemory::forget(const std::byte* data) {
 }
 
 DeviceMemory::Place DeviceMemory::find(const void* pointer) const {
+  const auto& [base, region] = this->region(pointer);
+  return {region.buffer.get(),
+          static_cast<NSUInteger>(static_cast<const std::byte*>(pointer) - base)};
+}
+
+const std::byte* DeviceMemory::base(const void* pointer) const {
+  return region(pointer).first;
+}
+
+const std::pair<const std::byte* const, DeviceMemory::Region>& DeviceMemory::region(
+    const void* pointer) const {
   const auto* data = static_cast<const std::byte*>(pointer);
   std::lock_guard lock(mutex_);
-  auto after = regions_.upper_bound(data);
+  const auto after = regions_.upper_bound(data);
   if (after != regions_.begin()) {
-    const auto& [base, region] = *std::prev(after);
-    if (data < base + region.length) {
-      return {region.buffer.get(), static_cast<NSUInteger>(data - base)};
-    }
+    const auto& found = *std::prev(after);
+    if (data < found.first + found.second.length) return found;
   }
   throw std::logic_error("Metal: a pointer into memory that is not the backend's");
 }

@@ -1,4 +1,4 @@
-// Kernels: their sources compiled at once, specialised when first used.
+// Kernels: their sources compiled at once, each specialised when first used.
 #pragma once
 
 #import <Metal/Metal.h>
@@ -14,9 +14,9 @@
 
 namespace flashmoe {
 
-#define FLASHMOE_KERNEL_NAME(file, kernel) kernel,
-enum class Kernel { FLASHMOE_KERNELS(FLASHMOE_KERNEL_NAME) };
-#undef FLASHMOE_KERNEL_NAME
+#define FLASHMOE_KERNEL(name) name,
+enum class Kernel { FLASHMOE_KERNELS(FLASHMOE_KERNEL) };
+#undef FLASHMOE_KERNEL
 
 class Pipelines {
  public:
@@ -24,18 +24,16 @@ class Pipelines {
   using Constants = std::array<uint32_t, shaders::kFunctionConstants>;
 
   // Compiles the .metal files of a directory. Throws DeviceError with the compiler's message.
-  Pipelines(id<MTLDevice> device, std::string directory);
+  Pipelines(id<MTLDevice> device, const std::string& directory);
 
   // Throws DeviceError where the GPU cannot run the kernel with so many threads a threadgroup.
   id<MTLComputePipelineState> get(Kernel kernel, const Constants& constants, uint32_t threads);
 
  private:
-  id<MTLLibrary> library(const std::string& file);
-  Owned<id<MTLComputePipelineState>> make(Kernel kernel, const Constants& constants);
+  Owned<id<MTLComputePipelineState>> make(Kernel kernel, const Constants& constants) const;
 
   id<MTLDevice> device_;
-  const std::string directory_;
-  std::map<std::string, Owned<id<MTLLibrary>>> libraries_;
+  Owned<id<MTLLibrary>> library_;
   std::map<std::pair<Kernel, Constants>, Owned<id<MTLComputePipelineState>>> pipelines_;
 };
 

@@ -1,5 +1,6 @@
 #include "backend/metal/pipelines.h"
 
+#include <filesystem>
 #include <fstream>
 #include <set>
 
@@ -8,78 +9,75 @@
 namespace flashmoe {
 namespace {
 
-struct Source {
-  const char* file;
-  const char* kernel;
-};
-#define FLASHMOE_KERNEL_SOURCE(file, kernel) {#file ".metal", #kernel},
-constexpr Source kSources[] = {FLASHMOE_KERNELS(FLASHMOE_KERNEL_SOURCE)};
-#undef FLASHMOE_KERNEL_SOURCE
+#define FLASHMOE_KERNEL(name) #name,
+constexpr const char* kNames[] = {FLASHMOE_KERNELS(FLASHMOE_KERNEL)};
+#undef FLASHMOE_KERNEL
 
-const Source& source_of(Kernel kernel) {
-  return kSources[static_cast<size_t>(kernel)];
-}
-
-// The text of a file in place of each #include "file": Metal's run-time compiler reads no headers
-// but its own. `seen` has the files that are in the text already.
-std::string expand(const std::string& directory, const std::string& file,
-                   std::set<std::string>& seen) {
-  if (!seen.insert(file).second) return "";
-  std::ifstream stream(directory + "/" + file);
-  if (!stream) throw DeviceError(directory + "/" + file + ": no such kernels; install flashmoe again");
-  const std::string include = "#include \"";
-  std::string text, line;
-  while (std::getline(stream, line)) {
-    if (line.starts_with(include)) {
-      const size_t end = line.find('"', include.size());
-      text += expand(directory, line.substr(include.size(), end - include.size()), seen);
-    } else {
-      text += line;
-    }
-    text += '\n';
-  }
-  return text;
+std::string name_of(Kernel kernel) {
+  return kNames[static_cast<size_t>(kernel)];
 }
 
 std::string message(NSError* error) {
   return [[error localizedDescription] UTF8String];
 }
 
+// Appends a file, each #include "file" replaced by that file's text where it is not in already:
+// Metal's run-time compiler finds no headers but its own.
+void append(const std::filesystem::path& file, std::set<std::filesystem::path>& seen,
+            std::string& text) {
+  if (!seen.insert(file.filename()).second) return;
+  const std::string include = "#include \"";
+  std::ifstream stream(file);
+  for (std::string line; std::getline(stream, line);) {
+    if (line.starts_with(include)) {
+      const std::string name = line.substr(include.size(), line.rfind('"') - include.size());
+      append(file.parent_path() / name, seen, text);
+    } else if (line != "#pragma once") {
+      text += line + '\n';
+    }
+  }
+}
+
+// All kernels of a directory as one text.
+std::string read_kernels(const std::string& directory) {
+  std::set<std::filesystem::path> kernels, seen;
+  std::error_code ignored;
+  for (const auto& entry : std::filesystem::directory_iterator(directory, ignored)) {
+    if (entry.path().extension() == ".metal") kernels.insert(entry.path());
+  }
+  if (kernels.empty()) {
+    throw DeviceError(directory + ": no Metal kernels here; install flashmoe again");
+  }
+  std::string text;
+  for (const auto& kernel : kernels) append(kernel, seen, text);
+  return text;
+}
+
 }  // namespace
 
-Pipelines::Pipelines(id<MTLDevice> device, std::string directory)
-    : device_(device), directory_(std::move(directory)) {
-  for (const Source& source : kSources) library(source.file);
+Pipelines::Pipelines(id<MTLDevice> device, const std::string& directory) : device_(device) {
+  const std::string text = read_kernels(directory);
+  const auto options = Owned<MTLCompileOptions*>::adopt([[MTLCompileOptions alloc] init]);
+  [options.get() setFastMathEnabled:NO];  // RoPE and softmax rely on exact sin, cos and exp
+  NSError* error = nil;
+  library_ = Owned<id<MTLLibrary>>::adopt(
+      [device_ newLibraryWithSource:[NSString stringWithUTF8String:text.c_str()]
+                            options:options.get()
+                              error:&error]);
+  if (!library_) throw DeviceError("Metal: cannot compile the kernels: " + message(error));
 }
 
-id<MTLLibrary> Pipelines::library(const std::string& file) {
-  Owned<id<MTLLibrary>>& library = libraries_[file];
-  if (!library) {
-    std::set<std::string> seen;
-    const std::string text = expand(directory_, file, seen);
-    const auto options = Owned<MTLCompileOptions*>::adopt([[MTLCompileOptions alloc] init]);
-    [options.get() setFastMathEnabled:NO];  // infinities and the order of sums mean what they say
-    NSError* error = nil;
-    library = Owned<id<MTLLibrary>>::adopt(
-        [device_ newLibraryWithSource:[NSString stringWithUTF8String:text.c_str()]
-                              options:options.get()
-                                error:&error]);
-    if (!library) throw DeviceError("Metal: cannot compile " + file + ": " + message(error));
-  }
-  return library.get();
-}
-
-Owned<id<MTLComputePipelineState>> Pipelines::make(Kernel kernel, const Constants& constants) {
-  const Source& source = source_of(kernel);
-  const std::string what = std::string("Metal: kernel ") + source.kernel + ": ";
+Owned<id<MTLComputePipelineState>> Pipelines::make(Kernel kernel,
+                                                   const Constants& constants) const {
+  const std::string what = "Metal: kernel " + name_of(kernel) + ": ";
   const auto values =
       Owned<MTLFunctionConstantValues*>::adopt([[MTLFunctionConstantValues alloc] init]);
   for (size_t index = 0; index < constants.size(); ++index) {
     [values.get() setConstantValue:&constants[index] type:MTLDataTypeUInt atIndex:index];
   }
   NSError* error = nil;
-  const auto function = Owned<id<MTLFunction>>::adopt([library(source.file)
-      newFunctionWithName:[NSString stringWithUTF8String:source.kernel]
+  const auto function = Owned<id<MTLFunction>>::adopt([library_.get()
+      newFunctionWithName:[NSString stringWithUTF8String:name_of(kernel).c_str()]
            constantValues:values.get()
                     error:&error]);
   if (!function) throw DeviceError(what + message(error));
@@ -100,9 +98,8 @@ id<MTLComputePipelineState> Pipelines::get(Kernel kernel, const Constants& const
   if (!pipeline) pipeline = make(kernel, constants);
   const NSUInteger most = [pipeline.get() maxTotalThreadsPerThreadgroup];
   if (threads > most) {
-    throw DeviceError(std::string("Metal: kernel ") + source_of(kernel).kernel + " needs " +
-                      std::to_string(threads) + " threads a threadgroup; this GPU allows " +
-                      std::to_string(most));
+    throw DeviceError("Metal: kernel " + name_of(kernel) + " needs " + std::to_string(threads) +
+                      " threads a threadgroup; this GPU allows " + std::to_string(most));
   }
   return pipeline.get();
 }
