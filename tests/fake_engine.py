@@ -148,6 +148,7 @@ class FakeState:
 class FakeEngine:
     def __init__(self, rule: Rule) -> None:
         self.rule = rule
+        self.backend = "cpu"
         self.before_forward: Callable[[], None] = lambda: None
         self.calls: list[int] = []
         self.closed = False

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from flashmoe.errors import (
     ArgumentError,
     CheckpointError,
+    DeviceError,
     FlashMoeError,
     ReadError,
     StateError,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ArgumentError",
     "CheckpointError",
+    "DeviceError",
     "FlashMoeError",
     "Model",
     "ReadError",

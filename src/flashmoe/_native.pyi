@@ -47,8 +47,9 @@ class Engine:
     """A loaded model. One thread at a time uses it and its states; a second gets StateError.
 
     config holds ModelConfig's fields and `experts_per_token`, the number in force. progress is
-    called with (bytes read, bytes in all) while weights are loaded. Raises ReadError,
-    CheckpointError (a weight is infinite or NaN), KeyboardInterrupt.
+    called with (bytes read, bytes in all) while weights are loaded. kernels is the directory of a
+    GPU's kernels; with overlap it computes experts beside the reads of others. Raises ReadError,
+    CheckpointError (a weight is infinite or NaN), DeviceError, KeyboardInterrupt.
     """
 
     def __init__(
@@ -61,8 +62,12 @@ class Engine:
         threads: int = 1,
         cache_bytes: int = 0,
         chunk: int = 256,
+        kernels: str = "",
+        overlap: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> None: ...
+    @property
+    def backend(self) -> str: ...
     def new_state(self) -> State: ...
     def forward(
         self, state: State, ids: npt.NDArray[np.int32], all_logits: bool = False
@@ -70,7 +75,7 @@ class Engine:
         """Appends ids to state; float32 logits [vocab] of the last one, or [len(ids), vocab].
 
         ids go through in chunks of `chunk`. After an exception (ReadError, CheckpointError,
-        StateError, KeyboardInterrupt) state is as it was before the chunk that failed.
+        StateError, DeviceError, KeyboardInterrupt) state is as it was before the chunk that failed.
         """
     def stats(self) -> dict[str, float]:
         """reads, bytes_read, bytes_cached (of them in the page cache; -1 where the system cannot
@@ -81,6 +86,9 @@ class Engine:
         """Seconds so far in each layer's mixer (with its norm), router, wait (for experts), experts
         (the shared one too) and combine, as the host saw them."""
     def close(self) -> None: ...
+
+def backends() -> list[str]:
+    """Those of this build: "cpu", and "metal" on macOS."""
 
 def cpu_kernels() -> str:
     """The kernels picked on this machine: "portable", "avx2", "avx512" or "neon"."""

@@ -13,6 +13,10 @@ class CheckpointError(FlashMoeError):
     """A checkpoint is damaged, incomplete or of an unsupported kind."""
 
 
+class DeviceError(FlashMoeError):
+    """A GPU is absent, too small, refused a kernel or could not finish its work."""
+
+
 class ReadError(FlashMoeError, OSError):
     """A weight could not be read while running: short read, I/O error, file gone or changed."""
 

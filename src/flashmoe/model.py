@@ -23,7 +23,7 @@ import numpy.typing as npt
 from flashmoe import machine
 from flashmoe.chat import ChatTemplate, Message
 from flashmoe.checkpoint import Checkpoint
-from flashmoe.errors import ArgumentError, StateError
+from flashmoe.errors import ArgumentError, DeviceError, StateError
 from flashmoe.sampling import Sampler, Sampling
 from flashmoe.source import find_model
 from flashmoe.state import State
@@ -40,7 +40,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("flashmoe")
 
 PRECISIONS = ("int8", "float32")
-BACKENDS = ("auto", "cpu")
+KERNELS = Path(__file__).parent / "metal"
+"""Where an installed flashmoe has the sources of its GPU kernels."""
+BACKENDS = ("auto", "cpu", "metal")
 Progress = Callable[[int, int], None]
 
 
@@ -71,17 +73,21 @@ class Model:
             directory, or "demo" (a small model that flashmoe brings along).
         experts_per_token: how many experts each layer runs for a token, at most the model's own
             number; None is the model's own. Fewer are faster and less exact.
-        backend: "cpu", or "auto" for the best one here.
-        precision: "int8" quantises the inputs of quantised matrices to 8 bits per group; "float32"
-            keeps them, the reference.
+        backend: "cpu"; "metal", the GPU of a Mac; or "auto": the GPU on macOS, or with a warning the
+            CPU where it cannot be used, and the CPU elsewhere.
+        precision: "int8" quantises the inputs of quantised matrices to 8 bits per group on the CPU,
+            and keeps the KV cache in bfloat16; "float32" does neither, the reference.
         threads: to compute with; None takes every physical core that the process may use.
         cache: memory for experts, as bytes or as in "4GB"; 0 leaves caching to the system's page
             cache; None decides with `default_cache`.
         context: most tokens of a sequence; None is the model's own limit.
+        overlap: whether a GPU computes experts while others are being read. On a Mac both share the
+            memory's bandwidth, so by default they take turns. The CPU always overlaps.
         progress: called with (bytes read, bytes in all) while the resident weights are loaded.
     Raises:
         ArgumentError: an argument cannot be used.
         CheckpointError: the checkpoint is absent, damaged, or of a kind that is not supported.
+        DeviceError: the GPU is absent, too small, or refuses a kernel.
     """
 
     def __init__(
@@ -94,6 +100,7 @@ class Model:
         threads: int | None = None,
         cache: int | str | None = None,
         context: int | None = None,
+        overlap: bool = False,
         progress: Progress | None = None,
     ) -> None:
         _check_choice("backend", backend, BACKENDS)
@@ -123,22 +130,26 @@ class Model:
         self._turn = threading.Lock()
         self._engine = open_engine(
             checkpoint,
+            backend=backend,
             experts_per_token=self.experts_per_token,
             precision=precision,
             threads=self.threads,
             cache_bytes=cache_bytes,
             chunk=self._chunk,
+            overlap=overlap,
             progress=progress,
         )
+        self.backend = self._engine.backend
         self._closed = False
         self._meter = Meter(self._engine.stats())
         self._last_totals: Mapping[str, float] = self._engine.stats()
         log.info(
-            "%s: %d of %d experts per token (the model's own number is %d), %s, %d threads, %s",
+            "%s: %d of %d experts per token (the model's own number is %d), %s, %s, %d threads, %s",
             self.source,
             self.experts_per_token,
             self.config.num_experts,
             own,
+            self.backend,
             precision,
             self.threads,
             f"{cache_bytes / 1e9:.2f} GB for experts" if cache_bytes else "page cache for experts",
@@ -182,7 +193,7 @@ class Model:
             experts_per_token=self.experts_per_token,
             precision=self.precision,
             threads=self.threads,
-            kernels=_native.cpu_kernels(),
+            kernels=_native.cpu_kernels() if self.backend == "cpu" else self.backend,
         )
 
     def generate(
@@ -422,26 +433,45 @@ class Model:
 def open_engine(
     checkpoint: Checkpoint,
     *,
+    backend: str,
     experts_per_token: int,
     precision: str,
     threads: int,
     cache_bytes: int,
     chunk: int,
+    overlap: bool,
     progress: Progress | None,
 ) -> _native.Engine:
     """The native engine for a checkpoint, its resident weights loaded."""
     from flashmoe import _native  # noqa: PLC0415
 
-    return _native.Engine(
-        dataclasses.asdict(checkpoint.config) | {"experts_per_token": experts_per_token},
-        checkpoint.native(),
-        backend="cpu",
-        precision=precision,
-        threads=threads,
-        cache_bytes=cache_bytes,
-        chunk=chunk,
-        progress=progress,
-    )
+    def load(name: str) -> _native.Engine:
+        if name not in _native.backends():
+            raise ArgumentError(
+                f'backend "{name}" is not in this build of flashmoe, which has '
+                f"{', '.join(_native.backends())}; Metal needs macOS"
+            )
+        return _native.Engine(
+            dataclasses.asdict(checkpoint.config) | {"experts_per_token": experts_per_token},
+            checkpoint.native(),
+            backend=name,
+            precision=precision,
+            threads=threads,
+            cache_bytes=cache_bytes,
+            chunk=chunk,
+            kernels=str(KERNELS),
+            overlap=overlap,
+            progress=progress,
+        )
+
+    if backend != "auto":
+        return load(backend)
+    if sys.platform == "darwin" and "metal" in _native.backends():
+        try:
+            return load("metal")
+        except DeviceError as error:
+            log.warning('%s; going on with backend="cpu"', error)
+    return load("cpu")
 
 
 def default_cache(checkpoint: Checkpoint, available: int) -> int:

@@ -295,6 +295,7 @@ void translate(const char* name) {
 
 void bind_engine(nb::module_& m) {
   translate<CheckpointError>("CheckpointError");
+  translate<DeviceError>("DeviceError");
   translate<ReadError>("ReadError");
   translate<StateError>("StateError");
 
@@ -336,8 +337,10 @@ void bind_engine(nb::module_& m) {
           "__init__",
           [](Engine* self, const nb::dict& config, const CheckpointSpec& checkpoint,
              const std::string& backend, const std::string& precision, int threads,
-             int64_t cache_bytes, int chunk, const std::optional<nb::callable>& progress) {
-            const Engine::Options options{backend, precision, threads, cache_bytes, chunk};
+             int64_t cache_bytes, int chunk, const std::string& kernels, bool overlap,
+             const std::optional<nb::callable>& progress) {
+            const Engine::Options options{backend, precision, threads, cache_bytes,
+                                          chunk,   kernels,   overlap};
             const ModelConfig parsed = to_config(config);
             require(static_cast<size_t>(parsed.layers()) == checkpoint.experts.size(),
                     "Engine: experts of every layer are needed");
@@ -353,7 +356,9 @@ void bind_engine(nb::module_& m) {
             });
           },
           "config"_a, "checkpoint"_a, nb::kw_only(), "backend"_a = "cpu", "precision"_a = "int8",
-          "threads"_a = 1, "cache_bytes"_a = 0, "chunk"_a = 256, "progress"_a = nb::none())
+          "threads"_a = 1, "cache_bytes"_a = 0, "chunk"_a = 256, "kernels"_a = "", "overlap"_a = false,
+          "progress"_a = nb::none())
+      .def_prop_ro("backend", [](const Engine& self) { return self.backend(); })
       .def(
           "new_state",
           [](Engine& self) {
@@ -370,6 +375,7 @@ void bind_engine(nb::module_& m) {
       });
 
   m.def("cpu_kernels", cpu_kernels);
+  m.def("backends", Engine::backends);
 }
 
 }  // namespace flashmoe

@@ -1,4 +1,4 @@
-#ifdef __APPLE__
+#if defined(__APPLE__) || defined(FLASHMOE_SIMULATED_DISPATCH)
 #include <dispatch/dispatch.h>
 
 #include "core/io_queue.h"

@@ -1,4 +1,4 @@
-#ifndef __APPLE__
+#if !defined(__APPLE__) && !defined(FLASHMOE_SIMULATED_DISPATCH)
 #include <condition_variable>
 #include <deque>
 #include <mutex>

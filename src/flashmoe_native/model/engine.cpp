@@ -4,6 +4,7 @@
 #include <chrono>
 
 #include "backend/cpu/cpu_backend.h"
+#include "backend/metal/metal_backend.h"
 #include "core/error.h"
 
 namespace flashmoe {
@@ -21,6 +22,9 @@ std::unique_ptr<Backend> make_backend(const Engine::Options& options) {
   if (options.backend == "cpu") {
     return make_cpu_backend(parse_precision(options.precision), options.threads);
   }
+#ifdef FLASHMOE_METAL
+  if (options.backend == "metal") return make_metal_backend(options.kernels, options.overlap);
+#endif
   throw std::invalid_argument("no such backend here: " + options.backend);
 }
 
@@ -31,6 +35,14 @@ std::vector<std::unique_ptr<File>> open_all(const std::vector<std::string>& path
 }
 
 }  // namespace
+
+std::vector<std::string> Engine::backends() {
+#ifdef FLASHMOE_METAL
+  return {"cpu", "metal"};
+#else
+  return {"cpu"};
+#endif
+}
 
 Engine::Use::Use(Engine& engine) : engine_(engine) {
   if (engine_.in_use_.exchange(true, std::memory_order_acquire)) {

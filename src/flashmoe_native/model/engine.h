@@ -29,6 +29,8 @@ class Engine {
     int threads = 1;
     int64_t cache_bytes = 0;  // for experts, in slots; 0 leaves caching to the page cache
     int chunk = 256;
+    std::string kernels;   // where the sources of a GPU's kernels are
+    bool overlap = false;  // a GPU computes experts beside the reads of others
   };
 
   struct Statistics {
@@ -40,6 +42,10 @@ class Engine {
     double head_seconds = 0;
   };
 
+  // The backends of this build, the best last.
+  static std::vector<std::string> backends();
+
+  // Throws ReadError, CheckpointError and DeviceError.
   Engine(ModelConfig config, CheckpointSpec spec, const Options& options, const Progress& progress);
 
   // One thread at a time uses an engine and its states: holds it, or throws StateError.
@@ -65,6 +71,7 @@ class Engine {
   void close();
 
   const ModelConfig& config() const { return config_; }
+  const std::string& backend() const { return options_.backend; }
 
  private:
   void require_open() const;

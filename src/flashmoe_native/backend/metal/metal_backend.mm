@@ -450,8 +450,7 @@ void MetalBackend::encode(Batch& batch) {
     const uint32_t block = decode ? matvec_block_rows(inputs) : u32(kTileRows);
     return MTLSizeMake(divide_up(outputs, block), decode ? arguments.pairs : tiles, 1);
   };
-  const Bytes own{kExpertArguments, &arguments,
-                  offsetof(ExpertArguments, experts) + arguments.count * sizeof(ExpertEntry)};
+  const Bytes own = bytes(kExpertArguments, arguments);
   float* activations = floats(activations_, size_t{arguments.pairs} * arguments.stride);
   std::vector<Binding> bindings{{kExpertX, waiting_x_},
                                 {kExpertPairTokens, tokens},

@@ -1,6 +1,7 @@
 #include "backend/metal/pipelines.h"
 
-#include <filesystem>
+#include <glob.h>
+
 #include <fstream>
 #include <set>
 
@@ -21,17 +22,17 @@ std::string message(NSError* error) {
   return [[error localizedDescription] UTF8String];
 }
 
-// Appends a file, each #include "file" replaced by that file's text where it is not in already:
-// Metal's run-time compiler finds no headers but its own.
-void append(const std::filesystem::path& file, std::set<std::filesystem::path>& seen,
+// Appends a file of the directory, each #include "file" replaced by that file's text where it is
+// not in already: Metal's run-time compiler finds no headers but its own.
+void append(const std::string& directory, const std::string& file, std::set<std::string>& seen,
             std::string& text) {
-  if (!seen.insert(file.filename()).second) return;
+  if (!seen.insert(file).second) return;
   const std::string include = "#include \"";
-  std::ifstream stream(file);
+  std::ifstream stream(directory + "/" + file);
   for (std::string line; std::getline(stream, line);) {
     if (line.starts_with(include)) {
-      const std::string name = line.substr(include.size(), line.rfind('"') - include.size());
-      append(file.parent_path() / name, seen, text);
+      const size_t length = line.rfind('"') - include.size();
+      append(directory, line.substr(include.size(), length), seen, text);
     } else if (line != "#pragma once") {
       text += line + '\n';
     }
@@ -40,16 +41,15 @@ void append(const std::filesystem::path& file, std::set<std::filesystem::path>& 
 
 // All kernels of a directory as one text.
 std::string read_kernels(const std::string& directory) {
-  std::set<std::filesystem::path> kernels, seen;
-  std::error_code ignored;
-  for (const auto& entry : std::filesystem::directory_iterator(directory, ignored)) {
-    if (entry.path().extension() == ".metal") kernels.insert(entry.path());
-  }
-  if (kernels.empty()) {
-    throw DeviceError(directory + ": no Metal kernels here; install flashmoe again");
-  }
   std::string text;
-  for (const auto& kernel : kernels) append(kernel, seen, text);
+  std::set<std::string> seen;
+  glob_t found{};
+  ::glob((directory + "/*.metal").c_str(), 0, nullptr, &found);
+  for (size_t i = 0; i < found.gl_pathc; ++i) {
+    append(directory, found.gl_pathv[i] + directory.size() + 1, seen, text);
+  }
+  ::globfree(&found);
+  if (text.empty()) throw DeviceError(directory + ": no Metal kernels; install flashmoe again");
   return text;
 }
 
