@@ -356,8 +356,8 @@ void bind_engine(nb::module_& m) {
             });
           },
           "config"_a, "checkpoint"_a, nb::kw_only(), "backend"_a = "cpu", "precision"_a = "int8",
-          "threads"_a = 1, "cache_bytes"_a = 0, "chunk"_a = 256, "kernels"_a = "", "overlap"_a = false,
-          "progress"_a = nb::none())
+          "threads"_a = 1, "cache_bytes"_a = 0, "chunk"_a = 256, "kernels"_a = "",
+          "overlap"_a = false, "progress"_a = nb::none())
       .def_prop_ro("backend", [](const Engine& self) { return self.backend(); })
       .def(
           "new_state",

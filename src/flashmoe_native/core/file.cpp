@@ -116,8 +116,8 @@ void File::fail_short(int fd, int64_t offset, int64_t length, int64_t done) cons
 std::byte* File::map(int64_t offset, size_t length) const {
   void* base = mmap(nullptr, length, PROT_READ, MAP_SHARED, fd_, offset);
   if (base == MAP_FAILED) {
-    throw ReadError(describe(path_, offset, static_cast<int64_t>(length)) + ": cannot map it: " +
-                    std::strerror(errno));
+    throw ReadError(describe(path_, offset, static_cast<int64_t>(length)) +
+                    ": cannot map it: " + std::strerror(errno));
   }
   return static_cast<std::byte*>(base);
 }

@@ -208,17 +208,16 @@ void Forward::mixture_of_experts(int layer, int n, const std::function<void()>& 
     calls_.clear();
   }
   const bool last = layer + 1 == config_.layers();
-  backend_.combine(n,
-                   {.hidden = config_.hidden,
-                    .top_k = config_.top_k,
-                    .expert_out = expert_out_,
-                    .expert_weights = expert_weights_,
-                    .shared_out = shared_out_,
-                    .shared_gate = shared_gate_,
-                    .x = x_,
-                    .norm_weight = last ? nullptr : weights_.layers[layer + 1].input_layernorm,
-                    .norm_eps = config_.norm_eps,
-                    .normed = normed_});
+  backend_.combine(n, {.hidden = config_.hidden,
+                       .top_k = config_.top_k,
+                       .expert_out = expert_out_,
+                       .expert_weights = expert_weights_,
+                       .shared_out = shared_out_,
+                       .shared_gate = shared_gate_,
+                       .x = x_,
+                       .norm_weight = last ? nullptr : weights_.layers[layer + 1].input_layernorm,
+                       .norm_eps = config_.norm_eps,
+                       .normed = normed_});
   watch.lap(times.combine);
 }
 

@@ -1,5 +1,5 @@
-// A Metal device on the CPU: the subset of the API in tests/metal/include, over GNUstep, with kernels
-// run by tests/metal/executor.
+// A Metal device on the CPU: the subset of the API in tests/metal/include, over GNUstep, with
+// kernels run by tests/metal/executor.
 //
 // Stricter than a GPU. Every misuse that Metal's validation layer reports ends the process with a
 // message: see misuse(). Objects are never reused, so that a message to a released one is seen.
@@ -158,9 +158,7 @@ static void died(id object) {
 }
 @end
 @implementation SimConstants
-- (void)setConstantValue:(const void*)value
-                    type:(MTLDataType)type
-                 atIndex:(NSUInteger)index {
+- (void)setConstantValue:(const void*)value type:(MTLDataType)type atIndex:(NSUInteger)index {
   require(type == MTLDataTypeUInt, "a function constant has another type than uint");
   require(index < kExecutorConstants, "setConstantValue: index out of range");
   memcpy(&values[index], value, sizeof(uint32_t));
@@ -454,8 +452,7 @@ static void bind(std::vector<Bound>& table, NSUInteger index, Bound bound) {
   buffer->pointer = static_cast<char*>(pointer);
   buffer->length = length;
   if (deallocator) {
-    buffer->deallocator =
-        reinterpret_cast<void (^)(void*, NSUInteger)>(_Block_copy(deallocator));
+    buffer->deallocator = reinterpret_cast<void (^)(void*, NSUInteger)>(_Block_copy(deallocator));
   }
   allocated += length;
   return buffer;

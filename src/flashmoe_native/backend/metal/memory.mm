@@ -65,7 +65,9 @@ Backend::Buffer DeviceMemory::map(const File& file, int64_t offset, int64_t leng
   require_room(pages);
   std::byte* base = file.map(begin, pages);
   return wrap(base, pages, static_cast<size_t>(offset - begin),
-              ^(void* pointer, NSUInteger mapped) { ::munmap(pointer, mapped); });
+              ^(void* pointer, NSUInteger mapped) {
+                ::munmap(pointer, mapped);
+              });
 }
 
 Backend::Buffer DeviceMemory::wrap(std::byte* base, size_t length, size_t offset,

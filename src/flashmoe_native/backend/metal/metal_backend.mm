@@ -22,7 +22,7 @@ using namespace shaders;
 constexpr int kDecodeTokens = 4;  // of a weight, up to which reading it once a token is cheapest
 constexpr uint32_t kLeastKeys = 128;     // of a split of attention: fewer are not worth merging
 constexpr uint32_t kEnoughGroups = 128;  // threadgroups that occupy a whole GPU
-constexpr uint32_t kThreads = 256;       // of a threadgroup where the kernel has no number of its own
+constexpr uint32_t kThreads = 256;  // of a threadgroup where the kernel has no number of its own
 
 static_assert(static_cast<uint32_t>(DType::F32) == kF32 &&
               static_cast<uint32_t>(DType::F16) == kF16 &&
@@ -110,7 +110,7 @@ class MetalBackend final : public Backend {
     const NormArguments arguments{u32(width), eps};
     run(Kernel::rms_norm, {}, {bytes(kNormArguments, arguments)},
         {{kNormX, x}, {kNormWeight, weight}, {kNormOut, out}}, MTLSizeMake(u32(n), 1, 1),
-        kThreads);
+        kNormThreads);
   }
 
   void matmul(int n, const float* x, std::span<const Product> products) override;
@@ -128,12 +128,16 @@ class MetalBackend final : public Backend {
   }
 
   void gated_delta(int n, const DeltaCall& call) override {
-    require(call.key_dim % 4 == 0 && std::max(call.key_dim, call.value_dim) <=
-                                         static_cast<int>(kMaxDeltaDim),
+    require(call.key_dim % 4 == 0 &&
+                std::max(call.key_dim, call.value_dim) <= static_cast<int>(kMaxDeltaDim),
             "GatedDeltaNet heads of " + std::to_string(call.key_dim) + " by " +
                 std::to_string(call.value_dim));
-    const DeltaArguments arguments{u32(n),           u32(call.key_heads), u32(call.value_heads),
-                                   u32(call.key_dim), u32(call.value_dim), call.norm_eps};
+    const DeltaArguments arguments{u32(n),
+                                   u32(call.key_heads),
+                                   u32(call.value_heads),
+                                   u32(call.key_dim),
+                                   u32(call.value_dim),
+                                   call.norm_eps};
     run(Kernel::gated_delta, {}, {bytes(kDeltaArguments, arguments)},
         {{kDeltaQkv, call.qkv},
          {kDeltaZ, call.z},
@@ -186,8 +190,9 @@ class MetalBackend final : public Backend {
   void finish() override {
     const Pool pool;
     encode_waiting();
-    staging_.used = 0;
     commands_.finish();
+    staging_.used = 0;
+    full_staging_.clear();
   }
 
  private:
@@ -224,10 +229,10 @@ class MetalBackend final : public Backend {
   bool add(Batch& batch, const ExpertCall& call) const;
   void encode(Batch& batch);
 
-  // Memory that a dispatch reads, to be written now; there until the dispatch is done. What grows
-  // or is replaced stays as long as a command buffer refers to it.
+  // Memory that is written now and read by a dispatch; it stays until finish().
   int32_t* stage(size_t count);
-  // Memory in which a dispatch leaves something for the next.
+  // Memory in which a dispatch leaves something for the next. What it replaces stays as long as a
+  // command buffer refers to it.
   float* floats(Scratch& scratch, size_t count);
 
   const bool overlap_;
@@ -235,7 +240,9 @@ class MetalBackend final : public Backend {
   DeviceMemory memory_;
   Pipelines pipelines_;
   Commands commands_;
-  Scratch staging_, queries_, partials_, totals_, activations_;
+  Scratch staging_;
+  std::vector<Buffer> full_staging_;
+  Scratch queries_, partials_, totals_, activations_;
   std::vector<ExpertCall> waiting_;  // asked for but not encoded
   const float* waiting_x_ = nullptr;
 };
@@ -270,6 +277,7 @@ float* MetalBackend::floats(Scratch& scratch, size_t count) {
 int32_t* MetalBackend::stage(size_t count) {
   const size_t wanted = round_up(static_cast<int64_t>(count * sizeof(int32_t)), 16);
   if (staging_.used + wanted > staging_.size) {
+    full_staging_.push_back(std::move(staging_.memory));
     staging_.size = std::max(2 * staging_.size, wanted);
     staging_.memory = allocate(staging_.size);
     staging_.used = 0;
@@ -284,9 +292,8 @@ void MetalBackend::matmul(int n, const float* x, std::span<const Product> produc
   for (const Product& product : products) rest.push_back(&product);
   while (!rest.empty()) {
     const Matrix& first = *rest.front()->weight;
-    const auto others = std::partition(rest.begin(), rest.end(), [&](const Product* p) {
-      return same_format(*p->weight, first);
-    });
+    const auto others = std::partition(
+        rest.begin(), rest.end(), [&](const Product* p) { return same_format(*p->weight, first); });
     const size_t count = std::min<size_t>(kMaxProducts, others - rest.begin());
     multiply(n, x, {rest.data(), count});
     rest.erase(rest.begin(), rest.begin() + static_cast<ptrdiff_t>(count));
@@ -420,7 +427,7 @@ bool MetalBackend::add(Batch& batch, const ExpertCall& call) const {
                         location(biases_of(matrix))};
   };
   ExpertArguments& arguments = batch.arguments;
-  const ExpertEntry entry{stored(call.gate),   stored(call.up),     stored(call.down),
+  const ExpertEntry entry{stored(call.gate),  stored(call.up),     stored(call.down),
                           location(call.out), u32(call.gate.rows), arguments.pairs};
   if (sources.size() > kMaxSources) return false;
   arguments.experts[arguments.count++] = entry;

@@ -60,10 +60,10 @@ Pipelines::Pipelines(id<MTLDevice> device, const std::string& directory) : devic
   const auto options = Owned<MTLCompileOptions*>::adopt([[MTLCompileOptions alloc] init]);
   [options.get() setFastMathEnabled:NO];  // RoPE and softmax rely on exact sin, cos and exp
   NSError* error = nil;
-  library_ = Owned<id<MTLLibrary>>::adopt(
-      [device_ newLibraryWithSource:[NSString stringWithUTF8String:text.c_str()]
-                            options:options.get()
-                              error:&error]);
+  library_ = Owned<id<MTLLibrary>>::adopt([device_
+      newLibraryWithSource:[NSString stringWithUTF8String:text.c_str()]
+                   options:options.get()
+                     error:&error]);
   if (!library_) throw DeviceError("Metal: cannot compile the kernels: " + message(error));
 }
 

@@ -42,9 +42,7 @@ typedef NS_ENUM(NSUInteger, MTLCommandBufferStatus) {
 @end
 
 @interface MTLFunctionConstantValues : NSObject
-- (void)setConstantValue:(const void*)value
-                    type:(MTLDataType)type
-                 atIndex:(NSUInteger)index;
+- (void)setConstantValue:(const void*)value type:(MTLDataType)type atIndex:(NSUInteger)index;
 @end
 
 @protocol MTLLibrary <NSObject>
