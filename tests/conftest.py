@@ -1,11 +1,13 @@
 """Fixtures that every test may use."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from metal_simulator import Simulator, missing
 
 
 @pytest.fixture(scope="session")
@@ -23,6 +25,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         return directory if directory.exists() else make(directory, name)
 
     return get
+
+
+@pytest.fixture(scope="session")
+def simulator(tmp_path_factory: pytest.TempPathFactory) -> Simulator:
+    """flashmoe on a simulated GPU; FLASHMOE_SIMULATOR names a directory to keep its build in."""
+    reason = missing()
+    if reason:
+        pytest.skip(reason)
+    keep = os.environ.get("FLASHMOE_SIMULATOR")
+    return Simulator(Path(keep) if keep else tmp_path_factory.mktemp("simulator"))
 
 
 @pytest.fixture(scope="session")

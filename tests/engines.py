@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from flashmoe import _native
 from flashmoe.checkpoint import Checkpoint
+from flashmoe.model import KERNELS
 
 Logits = npt.NDArray[np.float32]
 
@@ -27,6 +28,7 @@ class TestEngine:
         cache_bytes: int = 0,
         chunk: int = 64,
         backend: str = "cpu",
+        overlap: bool = False,
     ) -> None:
         checkpoint = Checkpoint.open(directory)
         config = asdict(checkpoint.config)
@@ -39,6 +41,8 @@ class TestEngine:
             threads=threads,
             cache_bytes=cache_bytes,
             chunk=chunk,
+            kernels=str(KERNELS),
+            overlap=overlap,
         )
 
     def logits(self, ids: npt.ArrayLike, state: _native.State | None = None) -> Logits:

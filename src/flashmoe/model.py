@@ -73,8 +73,8 @@ class Model:
             directory, or "demo" (a small model that flashmoe brings along).
         experts_per_token: how many experts each layer runs for a token, at most the model's own
             number; None is the model's own. Fewer are faster and less exact.
-        backend: "cpu"; "metal", the GPU of a Mac; or "auto": the GPU on macOS, or with a warning the
-            CPU where it cannot be used, and the CPU elsewhere.
+        backend: "cpu"; "metal", the GPU of a Mac; or "auto": on macOS the GPU (or with a warning
+            the CPU, where it cannot be used), elsewhere the CPU.
         precision: "int8" quantises the inputs of quantised matrices to 8 bits per group on the CPU,
             and keeps the KV cache in bfloat16; "float32" does neither, the reference.
         threads: to compute with; None takes every physical core that the process may use.
