@@ -36,7 +36,7 @@ def missing() -> str | None:
     return f"no {', '.join(absent)}; the simulated GPU needs Debian's {PACKAGES}"
 
 
-class Failed(Exception):
+class FailedError(Exception):
     """The process ended otherwise than it should; its words are the message."""
 
 
@@ -80,7 +80,7 @@ class Simulator:
     ) -> str:
         """Runs code in a new interpreter; what it prints. `settings` are the simulator's own.
 
-        Raises Failed with its stderr where it fails, leaks or misuses Metal.
+        Raises FailedError with its stderr where it fails, leaks or misuses Metal.
         """
         environment = dict(os.environ)
         environment["PYTHONPATH"] = f"{site or self.site}:{Path(__file__).parent}"
@@ -92,7 +92,7 @@ class Simulator:
             command, env=environment, capture_output=True, text=True, timeout=120, check=False
         )
         if result.returncode != 0:
-            raise Failed(result.stderr)
+            raise FailedError(result.stderr)
         return result.stdout
 
     def logits(
@@ -132,4 +132,4 @@ def run_job() -> None:
 def _run(command: Sequence[str]) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
-        raise Failed(result.stdout + result.stderr)
+        raise FailedError(result.stdout + result.stderr)

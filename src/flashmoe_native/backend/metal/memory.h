@@ -22,6 +22,8 @@ class DeviceMemory {
     NSUInteger offset;
   };
 
+  static constexpr int kWeightAlignment = 16;  // bytes: what kernels load at once
+
   explicit DeviceMemory(id<MTLDevice> device);
 
   // Zeroed memory, as Backend::allocate promises. Throws DeviceError where the GPU may not use as

@@ -13,8 +13,6 @@
 namespace flashmoe {
 namespace {
 
-constexpr int64_t kWeightAlignment = 16;  // that kernels read weights with
-
 size_t round_up(size_t value, size_t unit) {
   return (value + unit - 1) / unit * unit;
 }

@@ -87,6 +87,8 @@ class MetalBackend final : public Backend {
     return memory_.allocate(bytes);
   }
 
+  int weight_alignment() const override { return DeviceMemory::kWeightAlignment; }
+
   Buffer map(const File& file, int64_t offset, int64_t length) override {
     const Pool pool;
     return memory_.map(file, offset, length);
