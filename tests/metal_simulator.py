@@ -46,12 +46,13 @@ class Simulator:
     def __init__(self, directory: Path) -> None:
         self.build = directory / "build"
         self.profiles = directory / "profiles"
+        counters = f"-Wl,-u,__llvm_profile_runtime {PROFILE}"
         flags = {
             "CMAKE_BUILD_TYPE": "MinSizeRel",
             "CMAKE_CXX_FLAGS_MINSIZEREL": "-O1 -DNDEBUG",  # only the executor need be fast
             "CMAKE_OBJCXX_FLAGS": "-fprofile-instr-generate -fcoverage-mapping",
-            "CMAKE_SHARED_LINKER_FLAGS": f"-Wl,-u,__llvm_profile_runtime {PROFILE}",
-            "CMAKE_MODULE_LINKER_FLAGS": f"-Wl,-u,__llvm_profile_runtime {PROFILE}",
+            "CMAKE_EXE_LINKER_FLAGS": counters,
+            "CMAKE_MODULE_LINKER_FLAGS": counters,
             "CMAKE_EXPORT_COMPILE_COMMANDS": "ON",
             "FLASHMOE_METAL_SIMULATOR": "ON",
             "Python_EXECUTABLE": sys.executable,
