@@ -88,6 +88,7 @@ VARIANTS: dict[str, Variant] = {
     "odd": Variant(_ODD),
     "tied": Variant({"tie_word_embeddings": True}),
     "attention-only": Variant({"layer_types": [_FULL, _FULL], "num_hidden_layers": 2}),
+    "heads-of-48": Variant({"head_dim": 48}),  # which no Metal kernel is for
     "next": Variant(qwen3_next=True),
     "next-ratio-4": Variant(_RATIO_4, qwen3_next=True),
     "bf16": Variant(dtype=_BF16),

@@ -9,6 +9,7 @@ A process of its own, because a misuse of Metal ends it, as does an object that 
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -72,6 +73,43 @@ class Simulator:
         shutil.copy(native, site / "flashmoe" / self.native.name)
         return site
 
+    def mutant(self, site: Path, file: str, right: str, wrong: str) -> Path:
+        """As install(), with a fault planted in one file of the host code.
+
+        Raises FailedError with the compiler's words where it does not compile.
+        """
+        text = (HOST / file).read_text()
+        assert text.count(right) == 1, f"{file}: {right!r} is there {text.count(right)} times"
+        site.mkdir(parents=True)
+        source, object_file, native = site / file, site / "mutant.o", site / self.native.name
+        source.write_text(text.replace(right, wrong))
+        database = json.loads((self.build / "compile_commands.json").read_text())
+        entry = next(e for e in database if e["file"] == str(HOST / file))
+        command = shlex.split(entry["command"])
+        command[command.index("-o") + 1 :] = [str(object_file), "-c", str(source)]
+        _run(command, cwd=self.build)
+        links = _run(["ninja", "-t", "commands", self.native.name], cwd=self.build)
+        link = links.splitlines()[-1].split("&&")[1]
+        # The mutant comes before the library that has the right object, which is then not taken.
+        link = link.replace(f"-o {self.native.name}", f"-o {native} {object_file}")
+        _run(shlex.split(link), cwd=self.build)
+        return self.install(site / "site", native)
+
+    def uncovered(self) -> list[str]:
+        """Lines of the host code that no process so far has run, as "file:line"."""
+        merged = self.profiles / "merged.profdata"
+        profiles = [str(p) for p in self.profiles.glob("*.profraw")]
+        _run(["llvm-profdata-19", "merge", "-sparse", *profiles, "-o", str(merged)])
+        command = ["llvm-cov-19", "export", "-format=lcov", f"-instr-profile={merged}"]
+        lcov = _run([*command, str(self.native), *map(str, sorted(HOST.glob("*.mm")))])
+        missed, file = [], ""
+        for line in lcov.splitlines():
+            if line.startswith("SF:"):
+                file = Path(line[3:]).name
+            elif line.startswith("DA:") and line.endswith(",0"):
+                missed.append(f"{file}:{line[3:].split(',')[0]}")
+        return missed
+
     def python(
         self,
         code: str,
@@ -130,7 +168,8 @@ def run_job() -> None:
     np.save(out, np.concatenate([engine.logits(part, state) for part in parts if len(part)]))
 
 
-def _run(command: Sequence[str]) -> None:
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+def _run(command: Sequence[str], cwd: Path = ROOT) -> str:
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
     if result.returncode != 0:
         raise FailedError(result.stdout + result.stderr)
+    return result.stdout

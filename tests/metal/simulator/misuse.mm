@@ -121,7 +121,11 @@ static const std::map<std::string, void (*)()> kMisuses = {
     {"above maxBufferLength",
      [] { over(pages(), [device maxBufferLength] + kPage, MTLResourceStorageModeShared); }},
     {"another storage mode", [] { over(pages(), kPage, 1 << 4); }},
-    {"leak", [] { over(pages(), kPage, MTLResourceStorageModeShared); }},
+    {"leak",
+     [] {
+       finish();
+       over(pages(), kPage, MTLResourceStorageModeShared);
+     }},
 };
 
 int main(int, char** arguments) {

@@ -1,0 +1,396 @@
+"""The Metal host code without a Mac.
+
+- Types: clang for macOS accepts it, with headers declared as Apple declares them.
+- API truth: these declarations are in the tables that Apple's own compiler made.
+- Behaviour: it runs on a simulated GPU that sees every misuse, and every line of it is run.
+- Each check rejects faults planted for it.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from engines import TestEngine, random_ids, spread
+from metal_simulator import HOST, ROOT, FailedError, Simulator
+
+import flashmoe
+
+METAL = ROOT / "tests" / "metal"
+HEADER = METAL / "include" / "Metal" / "Metal.h"
+FACTS = json.loads((METAL / "api" / "apple.json").read_text())
+GetCheckpoint = Callable[[str], Path]
+
+
+# ---- types
+
+
+def compile_for_macos(
+    source: Path, out: Path, *flags: str, headers: Path = HEADER.parents[1]
+) -> str:
+    """Compiles with ziglang for Apple silicon: the compiler's words, none if it agrees."""
+    pytest.importorskip("ziglang")
+    command = [sys.executable, "-m", "ziglang", "c++", "-target", "aarch64-macos", "-std=c++20"]
+    command += ["-Wall", "-Wextra", "-Werror", "-Wno-unused-command-line-argument", "-fblocks"]
+    command += ["-I", str(headers), "-isystem", str(METAL / "include" / "macos")]
+    command += ["-I", str(HOST.parents[1]), "-I", str(ROOT / "metal")]
+    command += [*flags, "-x", "objective-c++", str(source), "-o", str(out)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0 or result.stderr
+    return result.stderr if result.returncode else ""
+
+
+SOURCES = [*sorted(HOST.glob("*.mm")), ROOT / "src/flashmoe_native/core/io_queue_gcd.cpp"]
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def test_clang_for_macos_accepts(source: Path, tmp_path: Path) -> None:
+    assert compile_for_macos(source, tmp_path / "out.o", "-c") == ""
+
+
+def test_clang_for_macos_rejects_a_misspelt_selector(tmp_path: Path) -> None:
+    source = tmp_path / "mutant.mm"
+    text = (HOST / "commands.mm").read_text()
+    source.write_text(text.replace("waitUntilCompleted", "waitUntilComplete"))
+    assert "waitUntilComplete" in compile_for_macos(source, tmp_path / "out.o", "-c")
+
+
+# ---- API truth
+
+
+def declarations(tmp_path: Path, header: str) -> dict[str, dict[str, str]]:
+    """Type encodings by protocol or class and selector, as clang for macOS compiles a header."""
+    folder = tmp_path / "include" / "Metal"
+    folder.mkdir(parents=True)
+    (folder / "Metal.h").write_text(header)
+    out = tmp_path / "declarations.s"
+    assert (
+        compile_for_macos(METAL / "api" / "declarations.mm", out, "-S", headers=folder.parent) == ""
+    )
+    assembly = out.read_text()
+    strings = dict(
+        re.findall(r"^(l_OBJC_METH_VAR_\w+?_(?:\.\d+)?):.*\n\s+\.asciz\s+\"(.*)\"", assembly, re.M)
+    )
+    found = {}
+    lists = re.findall(
+        r"^__OBJC_\$_(?:PROTOCOL_)?INSTANCE_METHODS_(MTL\w+):(.*?)\n\n", assembly, re.M | re.S
+    )
+    for name, body in lists:
+        pairs = re.findall(
+            r"(l_OBJC_METH_VAR_NAME_[.\d]*).*\n\s+\.quad\s+(l_OBJC_METH_VAR_TYPE_[.\d]*)", body
+        )
+        found[name] = {strings[s]: re.sub(r"\d+", "", strings[e]) for s, e in pairs}
+    return found
+
+
+def untruths(tmp_path: Path, header: str) -> list[str]:
+    """What a header declares otherwise than Apple."""
+    wrong = []
+    compiled = set(FACTS["compiled by Apple"])
+    for name, methods in declarations(tmp_path, header).items():
+        for selector, encoding in methods.items():
+            theirs = FACTS["methods"][name].get(selector)
+            ours = encoding
+            if theirs and name not in compiled:  # metal-cpp adds a const that Apple has not
+                theirs, ours = theirs.replace("r^v", "^v"), ours.replace("r^v", "^v")
+            if ours != theirs:
+                wrong.append(f"{name} {selector}: {ours}, not {theirs}")
+    for name, value in re.findall(r"\b(MTL\w+) = (\d+)", header):
+        if FACTS["constants"].get(name) != int(value):
+            wrong.append(f"{name}: {value}, not {FACTS['constants'].get(name)}")
+    return wrong
+
+
+def test_declarations_equal_apples_own(tmp_path: Path) -> None:
+    header = HEADER.read_text()
+    found = declarations(tmp_path / "all", header)
+    assert sum(map(len, found.values())) == header.count("\n- (") + header.count("@property")
+    assert untruths(tmp_path, header) == []
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("MTLDataTypeUInt = 33", "MTLDataTypeUInt = 29"),
+        ("MTLCommandBufferStatusError = 5", "MTLCommandBufferStatusError = 6"),
+        ("endEncoding", "finishEncoding"),
+        ("offset:(NSUInteger)offset", "offset:(int)offset"),
+        ("uint64_t recommendedMaxWorkingSetSize", "uint32_t recommendedMaxWorkingSetSize"),
+    ],
+)
+def test_false_declarations_are_found(right: str, wrong: str, tmp_path: Path) -> None:
+    header = HEADER.read_text()
+    assert right in header
+    assert len(untruths(tmp_path, header.replace(right, wrong))) == 1
+
+
+# ---- the simulator sees misuses
+
+MISUSES = {
+    "index out of range": "index out of range",
+    "offset beyond the end": "beyond the buffer's end",
+    "misaligned offset": "not aligned",
+    "long setBytes": "1 to 4096 bytes",
+    "short struct": "4 bytes are bound",
+    "unbound buffer": "nothing is bound at index 1",
+    "no pipeline": "no pipeline state",
+    "too many threads": "threads per threadgroup",
+    "empty grid": "an empty grid",
+    "commit with an open encoder": "an encoder is open",
+    "commit twice": "called twice",
+    "wait before commit": "before commit",
+    "two encoders": "another encoder is open",
+    "encoder after the end": "after endEncoding",
+    "encoder released open": "released before endEncoding",
+    "use after release": "a released object",
+    "release twice": "release of a released object",
+    "unaligned pointer": "not page-aligned",
+    "unaligned length": "not a multiple of the page size",
+    "above maxBufferLength": "above maxBufferLength",
+    "another storage mode": "not shared",
+    "leak": "1 SimBuffer never released",
+}
+
+
+def test_the_simulator_reports_every_misuse(simulator: Simulator, tmp_path: Path) -> None:
+    def run(name: str) -> subprocess.CompletedProcess[str]:
+        command = [str(simulator.build / "tests" / "metal" / "misuse"), name]
+        environment = {"LLVM_PROFILE_FILE": str(tmp_path / "ignored.profraw")}
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=60, check=False, env=environment
+        )
+
+    right = run("none")
+    assert (right.returncode, right.stderr) == (0, "")
+    for name, words in MISUSES.items():
+        result = run(name)
+        assert result.returncode != 0, name
+        assert words in result.stderr, name
+
+
+# ---- errors reach Python with Metal's words, and what to do
+
+ERRORS = [
+    ({"FAIL": "device"}, "this machine has no GPU; use backend"),
+    ({"FAIL": "queue"}, "gives no command queue"),
+    ({"FAIL": "buffer"}, "no buffer over"),
+    ({"FAIL": "function"}, "kernel embed: the library has no function embed"),
+    ({"FAIL": "pipeline"}, "kernel embed: too many registers, says the simulator"),
+    ({"FAIL": "command"}, "could not finish its work: out of memory, says the simulator"),
+    ({"WORKING_SET": 1_000_000}, "this GPU may use 0.00 GB. Give experts a smaller cache"),
+    ({"MAX_BUFFER": 8192}, "this GPU allows 0.00 GB. Give experts a smaller cache"),
+    ({"MAX_THREADS": 512}, "kernel rms_norm needs 1024 threads a threadgroup; this GPU allows 512"),
+    ({"SIMD_WIDTH": 64}, "simdgroups of 32 threads; this GPU's have 64"),
+]
+
+TRY = """
+import sys, flashmoe
+from flashmoe.errors import DeviceError
+from pathlib import Path
+from engines import TestEngine
+import engines
+engines.KERNELS = sys.argv[2] if len(sys.argv) > 2 else engines.KERNELS
+try:
+    TestEngine(Path(sys.argv[1]), backend="metal").logits([5, 6, 7])
+except DeviceError as error:
+    print(error)
+"""
+
+
+def demo(simulator: Simulator) -> Path:
+    return simulator.site / "flashmoe" / "demo_model"
+
+
+@pytest.mark.parametrize(("settings", "words"), ERRORS, ids=lambda value: str(value)[:30])
+def test_errors_say_what_metal_says(
+    settings: dict[str, object], words: str, simulator: Simulator
+) -> None:
+    assert words in simulator.python(TRY, str(demo(simulator)), settings=settings)
+
+
+def test_errors_of_the_compiler_and_of_absent_kernels(simulator: Simulator, tmp_path: Path) -> None:
+    assert "no Metal kernels; install" in simulator.python(TRY, str(demo(simulator)), str(tmp_path))
+    (tmp_path / "broken.metal").write_text('#include "absent.h"\n#error half a kernel\n')
+    answer = simulator.python(TRY, str(demo(simulator)), str(tmp_path))
+    assert "cannot compile the kernels: program_source: #error half a kernel" in answer
+
+
+@pytest.mark.reference
+def test_shapes_without_a_kernel_are_named(simulator: Simulator, checkpoint: GetCheckpoint) -> None:
+    answer = simulator.python(TRY, str(checkpoint("heads-of-48")))
+    assert 'no kernel for attention heads of 48; use backend="cpu"' in answer
+
+
+def test_auto_falls_back_to_the_cpu_with_a_warning(simulator: Simulator) -> None:
+    code = """
+import sys; sys.platform = "darwin"
+import flashmoe.machine; flashmoe.machine.physical_cores = lambda: 1
+flashmoe.machine.available_memory = lambda: 1 << 30
+import logging; logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
+import flashmoe
+print(flashmoe.Model("demo", threads=1, context=64).backend)
+"""
+    assert simulator.python(code).split() == ["metal"]
+    answer = simulator.python(code, settings={"FAIL": "device"})
+    assert answer.startswith("WARNING Metal: this machine has no GPU")
+    assert answer.split()[-1] == "cpu"
+
+
+def test_a_build_without_metal_says_so() -> None:
+    if "metal" in flashmoe._native.backends():
+        pytest.skip("this build has Metal")
+    with pytest.raises(flashmoe.ArgumentError, match="not in this build"):
+        flashmoe.Model("demo", backend="metal")
+
+
+# ---- behaviour
+
+
+def cpu_logits(directory: Path, ids: np.ndarray) -> np.ndarray:
+    return TestEngine(directory).logits(ids)
+
+
+def test_the_demo_answers_as_on_the_cpu(simulator: Simulator) -> None:
+    code = """
+import flashmoe
+with flashmoe.Model("demo", backend="metal", precision="float32", threads=1) as model:
+    print(repr("".join(t.text for t in model.generate("Once", max_tokens=8, temperature=0))))
+"""
+    with flashmoe.Model("demo", backend="cpu", precision="float32") as model:
+        text = "".join(t.text for t in model.generate("Once", max_tokens=8, temperature=0))
+    assert simulator.python(code).strip() == repr(text)
+
+
+def test_weights_that_lie_aligned_are_mapped_not_copied(
+    simulator: Simulator, tmp_path: Path
+) -> None:
+    for file in demo(simulator).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    path = tmp_path / "model.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    tensors = json.loads(data[8 : 8 + length])
+    begin = tensors["language_model.lm_head.weight"]["data_offsets"][0]
+    pad = -(8 + length + begin) % 16
+    head = (length + pad).to_bytes(8, "little") + data[8 : 8 + length] + b" " * pad
+    path.write_bytes(head + data[8 + length :])
+    code = """
+import sys
+from pathlib import Path
+from engines import TestEngine
+engine = TestEngine(Path(sys.argv[1]), backend="metal")
+print("model.safetensors" in Path("/proc/self/maps").read_text())
+"""
+    assert simulator.python(code, str(tmp_path)).split() == ["True"]
+    assert simulator.python(code, str(demo(simulator))).split() == ["False"]
+    ids = random_ids(6000, 5)
+    assert spread(simulator.logits(tmp_path, ids), cpu_logits(tmp_path, ids)) <= 2e-3
+
+
+@pytest.mark.parametrize("settings", [{}, {"EAGER": 1, "SEED": 7}])
+def test_overlap_gives_the_same_logits(settings: dict[str, object], simulator: Simulator) -> None:
+    ids = random_ids(6000, 5)
+    directory = demo(simulator)
+    serial = simulator.logits(directory, ids, one_by_one=2)
+    overlapped = simulator.logits(directory, ids, one_by_one=2, overlap=True, settings=settings)
+    assert (serial == overlapped).all()
+
+
+def test_attention_over_several_splits(simulator: Simulator) -> None:
+    ids = random_ids(6000, 300)
+    directory = demo(simulator)
+    ours = simulator.logits(directory, ids, one_by_one=2)[-2:]
+    assert spread(ours, cpu_logits(directory, ids)[-2:]) <= 2e-3
+
+
+def test_half_precision_caches_cost_little(simulator: Simulator) -> None:
+    ids = random_ids(6000, 40)
+    directory = demo(simulator)
+    ours = simulator.logits(directory, ids, one_by_one=2, precision="int8")
+    assert 1e-4 < spread(ours, cpu_logits(directory, ids)) < 0.1
+
+
+# ---- what the checks above are worth
+
+# (file, right, wrong, what the simulator says; None: it runs, and its logits are others)
+MUTANTS = [
+    (
+        "metal_backend.mm",
+        "{kNormX, x}, {kNormWeight, weight}",
+        "{kNormX, weight}, {kNormWeight, x}",
+        None,
+    ),
+    ("metal_backend.mm", "offset:place.offset atIndex", "offset:0 atIndex", None),
+    ("metal_backend.mm", "rows + pair", "tokens + pair", None),
+    ("metal_backend.mm", "arguments.add[i] = product.add ? 1 : 0", "arguments.add[i] = 0", None),
+    ("metal_backend.mm", "constants[kSecondBits] = second[kBits];", "", None),
+    ("metal_backend.mm", "arguments.splits == 1", "arguments.splits > 0", None),
+    ("metal_backend.mm", "{{kRouteLogits, logits}, ", "{", "nothing is bound at index 0"),
+    ("metal_backend.mm", "length:argument.length", "length:4", "4 bytes are bound"),
+    ("metal_backend.mm", "kCombineThreads);", "2 * kCombineThreads);", "needs 2048 threads"),
+    (
+        "metal_backend.mm",
+        "MTLSizeMake(u32(call.value_heads), 1, 1)",
+        "MTLSizeMake(0, 1, 1)",
+        "empty grid",
+    ),
+    (
+        "commands.mm",
+        "[buffer.get() waitUntilCompleted];\n    if",
+        "if",
+        "not finite|never released",
+    ),
+    ("commands.mm", "  [encoder_.get() endEncoding];\n", "", "released before endEncoding"),
+    ("commands.mm", "::share([queue_", "::adopt([queue_", "a released object"),
+    (
+        "pipelines.mm",
+        "Owned<MTLCompileOptions*>::adopt",
+        "Owned<MTLCompileOptions*>::share",
+        "1 MTLCompileOptions never released",
+    ),
+    ("pipelines.mm", "atIndex:index];\n  }", "atIndex:index + 1];\n  }", "no value|index"),
+    (
+        "memory.mm",
+        "round_up(bytes > 0 ? bytes : 1, page_)",
+        "bytes",
+        "not a multiple of the page size",
+    ),
+    ("memory.mm", "regions_.erase(", "(void)(", "never released|released"),
+]
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: f"{m[0]}: {m[1].strip()[:30]}")
+def test_planted_faults_are_rejected(
+    mutant: tuple[str, str, str, str | None], simulator: Simulator, tmp_path: Path
+) -> None:
+    file, right, wrong, words = mutant
+    site = simulator.mutant(tmp_path / "mutant", file, right, wrong)
+    ids = random_ids(6000, 140)
+    directory = demo(simulator)
+    try:
+        ours = simulator.logits(directory, ids, one_by_one=1, site=site)
+    except FailedError as error:
+        assert words is None or re.search(words, str(error)), str(error)[-500:]
+        return
+    assert words is None, "the simulator saw nothing"
+    assert not spread(ours, cpu_logits(directory, ids)) <= 2e-3
+
+
+def test_every_line_of_the_host_code_is_run(simulator: Simulator) -> None:
+    """By the tests above, in this session or, alone, by the runs below."""
+    directory = demo(simulator)
+    simulator.logits(directory, random_ids(6000, 140), one_by_one=1)
+    simulator.logits(directory, random_ids(6000, 5), overlap=True)
+    for settings, _ in ERRORS:
+        simulator.python(TRY, str(directory), settings=settings)
+    unreachable = "a pointer into memory that is not the backend's"
+    missed = []
+    for place in simulator.uncovered():
+        file, line = place.split(":")
+        if unreachable not in (HOST / file).read_text().splitlines()[int(line) - 1]:
+            missed.append(place)
+    assert missed == []
