@@ -9,8 +9,12 @@
 #include <cstddef>
 #include <cstdint>
 
-#define NS_ENUM(type, name) enum name : type name; enum name : type
-#define NS_OPTIONS(type, name) enum name : type name; enum name : type
+#define NS_ENUM(type, name) \
+  enum name : type name;    \
+  enum name : type
+#define NS_OPTIONS(type, name) \
+  enum name : type name;       \
+  enum name : type
 
 @interface NSString : NSObject
 + (instancetype)stringWithUTF8String:(const char*)text;
