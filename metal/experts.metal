@@ -31,9 +31,14 @@ struct Sources {
    source8, source9, source10, source11, source12, source13, source14, source15}
 
 inline device uchar* find(thread const Sources& sources, Location location) {
+  // Selected, not indexed, which would need the pointers in memory.
   const uint source = uint(location >> 56);
   device uchar* base = sources.at[0];
-  for (uint i = 1; i < kMaxSources; ++i) base = source == i ? sources.at[i] : base;
+#pragma unroll
+  for (uint i = 1; i < kMaxSources; ++i) {
+    device uchar* other = sources.at[i];
+    base = source == i ? other : base;
+  }
   return base + (location & 0xfffffffffffffful);
 }
 

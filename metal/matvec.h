@@ -7,87 +7,78 @@
 
 enum MatvecStep : uint { kStep = 4 };  // rows taken at a time
 
-// 32 consecutive inputs of a lane.
+// 32 consecutive inputs of a lane. Element i of a word is not shifted down to its value but masked
+// where it stands, 2^(bits i) times too large; the inputs are that much smaller (both exactly).
 struct Inputs {
-  float4 x[8];
-  float sum;
+  float x[kMatvecLaneColumns];
+  float sum;  // of the inputs as they were
 };
 
-inline Inputs load_inputs(device const float* x) {
+inline Inputs load_inputs(Format format, device const float* x) {
   Inputs in;
   float4 sum = float4(0.0f);
-  for (uint i = 0; i < 8; ++i) {
-    in.x[i] = ((device const float4*)x)[i];
-    sum += in.x[i];
+  for (uint i = 0; i < kMatvecLaneColumns / 4; ++i) {
+    const float4 four = ((device const float4*)x)[i];
+    in.x[4 * i] = four.x;
+    in.x[4 * i + 1] = four.y;
+    in.x[4 * i + 2] = four.z;
+    in.x[4 * i + 3] = four.w;
+    sum += four;
   }
   in.sum = sum.x + sum.y + sum.z + sum.w;
+  if (format.bits != 0) {
+    const uint per_word = 32 / format.bits;
+    for (uint i = 0; i < kMatvecLaneColumns; ++i) {
+      in.x[i] *= 1.0f / float(1u << i % per_word * format.bits);
+    }
+  }
   return in;
 }
 
-inline float dot_bytes(uint q, float4 x, float total) {
-  const uchar4 byte = as_type<uchar4>(q);
-  total = fma(float(byte.x), x.x, total);
-  total = fma(float(byte.y), x.y, total);
-  total = fma(float(byte.z), x.z, total);
-  return fma(float(byte.w), x.w, total);
-}
-
-// Eight 4-bit elements; even ones are the low halves of the bytes.
-inline float dot_nibbles(uint word, float4 x, float4 y, float total) {
-  total = dot_bytes(word & 0x0f0f0f0fu, float4(x.x, x.z, y.x, y.z), total);
-  return dot_bytes((word >> 4) & 0x0f0f0f0fu, float4(x.y, x.w, y.y, y.w), total);
-}
-
-// Sixteen 2-bit elements.
-inline float dot_crumbs(uint word, thread const float4* x, float total) {
-  total = dot_bytes(word & 0x03030303u, float4(x[0].x, x[1].x, x[2].x, x[3].x), total);
-  total = dot_bytes((word >> 2) & 0x03030303u, float4(x[0].y, x[1].y, x[2].y, x[3].y), total);
-  total = dot_bytes((word >> 4) & 0x03030303u, float4(x[0].z, x[1].z, x[2].z, x[3].z), total);
-  return dot_bytes((word >> 6) & 0x03030303u, float4(x[0].w, x[1].w, x[2].w, x[3].w), total);
-}
-
-// Four 16-bit elements.
-inline float dot_halves(uint dtype, uint2 words, float4 x, float total) {
-  float4 w;
-  if (dtype == kBF16) {
-    w = float4(as_type<float>(words.x << 16), as_type<float>(words.x & 0xffff0000u),
-               as_type<float>(words.y << 16), as_type<float>(words.y & 0xffff0000u));
-  } else {
-    w = float4(half_to_float(words.x & 0xffffu), half_to_float(words.x >> 16),
-               half_to_float(words.y & 0xffffu), half_to_float(words.y >> 16));
+// The quantised elements of a word.
+inline float dot_word(uint bits, uint word, thread const float* x, float total) {
+  const uint mask = (1u << bits) - 1;
+  for (uint i = 0; i < 32 / bits; ++i) {
+    total = fma(float(word & (mask << (i * bits))), x[i], total);
   }
-  return total + dot(w, x);
+  return total;
+}
+
+// Two 16-bit elements.
+inline float dot_pair(uint dtype, uint word, thread const float* x, float total) {
+  const bool bf16 = dtype == kBF16;
+  total = fma(bf16 ? as_type<float>(word << 16) : half_to_float(word & 0xffff), x[0], total);
+  return fma(bf16 ? as_type<float>(word & 0xffff0000) : half_to_float(word >> 16), x[1], total);
+}
+
+inline float dot_word(Format format, uint word, thread const float* x, float total) {
+  return format.bits != 0 ? dot_word(format.bits, word, x, total)
+                          : dot_pair(format.dtype, word, x, total);
 }
 
 // Sum of q[i] x[i] (of w[i] x[i] where dense) over the 32 elements at `w`.
 inline float dot_block(Format format, device const uchar* w, thread const Inputs& in) {
   float total = 0;
-  if (format.bits == 4) {
-    const uint4 words = *(device const uint4*)w;
-    total = dot_nibbles(words.x, in.x[0], in.x[1], total);
-    total = dot_nibbles(words.y, in.x[2], in.x[3], total);
-    total = dot_nibbles(words.z, in.x[4], in.x[5], total);
-    total = dot_nibbles(words.w, in.x[6], in.x[7], total);
-  } else if (format.bits == 8) {
-    for (uint i = 0; i < 2; ++i) {
-      const uint4 words = ((device const uint4*)w)[i];
-      total = dot_bytes(words.x, in.x[4 * i], total);
-      total = dot_bytes(words.y, in.x[4 * i + 1], total);
-      total = dot_bytes(words.z, in.x[4 * i + 2], total);
-      total = dot_bytes(words.w, in.x[4 * i + 3], total);
-    }
-  } else if (format.bits == 2) {
+  if (format.bits == 2) {
     const uint2 words = *(device const uint2*)w;
-    total = dot_crumbs(words.x, in.x, total);
-    total = dot_crumbs(words.y, in.x + 4, total);
-  } else if (format.dtype == kF32) {
-    for (uint i = 0; i < 8; ++i) total += dot(((device const float4*)w)[i], in.x[i]);
-  } else {
-    for (uint i = 0; i < 4; ++i) {
-      const uint4 words = ((device const uint4*)w)[i];
-      total = dot_halves(format.dtype, uint2(words.x, words.y), in.x[2 * i], total);
-      total = dot_halves(format.dtype, uint2(words.z, words.w), in.x[2 * i + 1], total);
+    total = dot_word(2, words.x, in.x, total);
+    return dot_word(2, words.y, in.x + 16, total);
+  }
+  if (format.bits == 0 && format.dtype == kF32) {
+    for (uint i = 0; i < 8; ++i) {
+      const float4 four = ((device const float4*)w)[i];
+      total += dot(four, float4(in.x[4 * i], in.x[4 * i + 1], in.x[4 * i + 2], in.x[4 * i + 3]));
     }
+    return total;
+  }
+  const uint per_word = format.bits == 0 ? 2 : 32 / format.bits;
+  for (uint i = 0; i < kMatvecLaneColumns / (4 * per_word); ++i) {
+    const uint4 words = ((device const uint4*)w)[i];
+    thread const float* x = in.x + 4 * i * per_word;
+    total = dot_word(format, words.x, x, total);
+    total = dot_word(format, words.y, x + per_word, total);
+    total = dot_word(format, words.z, x + 2 * per_word, total);
+    total = dot_word(format, words.w, x + 3 * per_word, total);
   }
   return total;
 }
@@ -147,7 +138,7 @@ inline void multiply_rows(Format format, Stored w, uint first, uint rows, uint c
                    place.splits * kSimdWidth, x, total);
     } else {
       for (uint begin = mine; begin < columns; begin += stride) {
-        if (begin != held) in = load_inputs(x + begin);
+        if (begin != held) in = load_inputs(format, x + begin);
         held = begin;
         dot_rows(format, w, first + row, rows, columns, begin, in, total);
       }

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from shader_dispatch import (
     route_reference,
     store,
 )
-from shader_executor import DispatchError, Executor, build, compiler
+from shader_executor import ROOT, DispatchError, Executor, build, compiler
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")
 
@@ -49,7 +50,13 @@ TOLERANCE = 1e-5  # of the reference's own scale
 
 @pytest.fixture(scope="session")
 def executor(tmp_path_factory: pytest.TempPathFactory) -> Executor:
-    # test_metal_coverage.py runs this file with a library that counts lines.
+    # benchmarks/metal_on_cuda runs this file on a GPU, test_metal_coverage.py with a library that
+    # counts lines.
+    if os.environ.get("FLASHMOE_SHADERS_ON") == "cuda":
+        sys.path.insert(0, str(ROOT / "benchmarks" / "metal_on_cuda"))
+        from gpu import Gpu  # noqa: PLC0415
+
+        return Gpu()
     library = os.environ.get("FLASHMOE_SHADER_LIBRARY")
     return Executor(Path(library) if library else build(tmp_path_factory.mktemp("executor")))
 
@@ -344,6 +351,8 @@ def test_combine_adds_to_the_stream_and_norms_it(run: Callable[..., None], hidde
 
 
 def test_what_the_executor_refuses(executor: Executor) -> None:
+    if not isinstance(executor, Executor):
+        pytest.skip("runs on a GPU")
     r = rng()
     x, weight, out = normal(r, 2, 64), normal(r, 64), empty(2, 64)
     d = rms_norm(x, weight, 1e-6, out)

@@ -20,7 +20,9 @@ from shader_arguments import K  # noqa: E402
 
 _PLACES = {
     "threadgroup_position_in_grid": "uint3{blockIdx.x, blockIdx.y, blockIdx.z}",
-    "thread_position_in_grid": "uint3{blockIdx.x * blockDim.x + threadIdx.x, blockIdx.y, blockIdx.z}",
+    "thread_position_in_grid": (
+        "uint3{blockIdx.x * blockDim.x + threadIdx.x, blockIdx.y, blockIdx.z}"
+    ),
     "thread_index_in_threadgroup": "threadIdx.x",
     # The shuffle tells the compiler that all lanes of a warp have the same.
     "simdgroup_index_in_threadgroup": "__shfl_sync(0xffffffffu, threadIdx.x / 32, 0)",
@@ -44,9 +46,10 @@ def kernels() -> dict[str, tuple[Path, str]]:
         macros.update(re.findall(r"#define (\w+_ARGUMENTS) (.*)", text))
     found = {}
     for path in sorted(SHADERS.glob("*.metal")):
-        for name, arguments in re.findall(r"kernel void (\w+)\((.*?)\)\s*\{", path.read_text(), re.S):
-            for macro, text in macros.items():
-                arguments = arguments.replace(macro, text)
+        text = path.read_text()
+        for macro, arguments in macros.items():
+            text = re.sub(rf"(?<!define )\b{macro}\b", arguments.replace("\\", ""), text)
+        for name, arguments in re.findall(r"kernel void (\w+)\((.*?)\)\s*\{", text, re.S):
             found[name] = path, arguments
     return found
 
@@ -83,8 +86,8 @@ def _entry(kernel: str) -> str:
 @functools.cache
 def _library() -> ctypes.CDLL:
     folders = [Path(p) for p in [*site.getsitepackages(), *sys.path] if p]
-    patterns = [f / "nvidia" for f in folders] + [Path("/usr/local/cuda/lib64")]
-    for folder in patterns:
+    places = [f / "nvidia" for f in folders] + [Path("/usr/local/cuda/lib64")]
+    for folder in places:
         found = sorted(folder.glob("**/libnvrtc.so.1[0-9]*")) if folder.is_dir() else []
         if found:
             return ctypes.CDLL(str(found[0]))

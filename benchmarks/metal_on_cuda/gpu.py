@@ -1,0 +1,216 @@
+"""An NVIDIA GPU that runs dispatches of the Metal kernels, through CUDA's driver library alone."""
+
+import ctypes
+import functools
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import nvrtc
+import numpy as np
+from shader_dispatch import Dispatch
+
+Array = np.ndarray[Any, Any]
+_ATTRIBUTES = {"major": 75, "minor": 76}
+
+
+class CudaError(RuntimeError):
+    pass
+
+
+class Gpu:
+    """The first GPU. `run` has the interface of the executor in tests/shader_executor.py."""
+
+    def __init__(self) -> None:
+        self._cuda = ctypes.CDLL("libcuda.so.1")
+        self._call("cuInit", 0)
+        device = ctypes.c_int()
+        self._call("cuDeviceGet", ctypes.byref(device), 0)
+        context = ctypes.c_void_p()
+        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+        self._call("cuCtxSetCurrent", context)
+        self.stream = ctypes.c_void_p()
+        self._call("cuStreamCreate", ctypes.byref(self.stream), 1)
+        name = ctypes.create_string_buffer(100)
+        self._call("cuDeviceGetName", name, 100, device)
+        self.name = name.value.decode()
+        version = {}
+        for key, attribute in _ATTRIBUTES.items():
+            value = ctypes.c_int()
+            self._call("cuDeviceGetAttribute", ctypes.byref(value), attribute, device)
+            version[key] = value.value
+        self._architecture = f"sm_{version['major']}{version['minor']}"
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        code = getattr(self._cuda, name)(*arguments)
+        if code:
+            text = ctypes.c_char_p()
+            self._cuda.cuGetErrorString(code, ctypes.byref(text))
+            raise CudaError(f"{name}: {(text.value or b'unknown error').decode()} ({code})")
+
+    # ---- memory -------------------------------------------------------------------------------
+
+    def allocate(self, size: int) -> int:
+        """Device memory, not cleared."""
+        pointer = ctypes.c_uint64()
+        self._call("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(max(size, 16)))
+        return pointer.value
+
+    def upload(self, array: Array) -> int:
+        """A copy on the device. With FLASHMOE_INITCHECK, an array of NaNs is left without content,
+        so that compute-sanitizer's initcheck sees who reads it.
+        """
+        pointer = self.allocate(array.nbytes)
+        empty = "FLASHMOE_INITCHECK" in os.environ and array.dtype == np.float32
+        if array.nbytes and not (empty and np.isnan(array).all()):
+            data = np.ascontiguousarray(array)
+            self._call(
+                "cuMemcpyHtoD_v2",
+                ctypes.c_uint64(pointer),
+                data.ctypes.data_as(ctypes.c_void_p),
+                ctypes.c_size_t(data.nbytes),
+            )
+        return pointer
+
+    def download(self, pointer: int, array: Array) -> None:
+        self._call(
+            "cuMemcpyDtoH_v2",
+            array.ctypes.data_as(ctypes.c_void_p),
+            ctypes.c_uint64(pointer),
+            ctypes.c_size_t(array.nbytes),
+        )
+
+    def free(self, pointer: int) -> None:
+        self._call("cuMemFree_v2", ctypes.c_uint64(pointer))
+
+    def copy(self, to: int, source: int, size: int) -> None:
+        """Device to device, in the stream."""
+        self._call(
+            "cuMemcpyDtoDAsync_v2",
+            ctypes.c_uint64(to),
+            ctypes.c_uint64(source),
+            ctypes.c_size_t(size),
+            self.stream,
+        )
+
+    # ---- kernels ------------------------------------------------------------------------------
+
+    @functools.cache  # noqa: B019  (there is one Gpu, for the life of the program)
+    def _function(self, kernel: str, constants: tuple[int, ...]) -> ctypes.c_void_p:
+        file = nvrtc.kernels()[kernel][0].name
+        image = nvrtc.compile_kernels(file, constants, self._architecture)
+        module, function = ctypes.c_void_p(), ctypes.c_void_p()
+        self._call("cuModuleLoadData", ctypes.byref(module), image)
+        self._call("cuModuleGetFunction", ctypes.byref(function), module, f"cuda_{kernel}".encode())
+        return function
+
+    def launch(self, dispatch: Dispatch, pointers: Mapping[int, int]) -> None:
+        """Queues a dispatch whose arrays lie at `pointers`, by index."""
+        constants = tuple(dispatch.constants.get(i, 0) for i in range(7))
+        function = self._function(dispatch.kernel, constants)
+        values: list[Any] = []
+        for index, is_struct in nvrtc.buffers(dispatch.kernel):
+            if is_struct:
+                data = dispatch.buffers[index]
+                assert isinstance(data, bytes)
+                values.append(ctypes.create_string_buffer(data, len(data)))
+            else:
+                values.append(ctypes.c_uint64(pointers[index]))
+        addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
+        grid = (*dispatch.grid, 1, 1)[:3]
+        self._call(
+            "cuLaunchKernel",
+            function,
+            *grid,
+            dispatch.threads,
+            1,
+            1,
+            0,
+            self.stream,
+            addresses,
+            None,
+        )
+
+    def synchronize(self) -> None:
+        self._call("cuStreamSynchronize", self.stream)
+
+    def run(
+        self,
+        kernel: str,
+        grid: Sequence[int],
+        threads: int,
+        buffers: Mapping[int, Array | bytes],
+        constants: Mapping[int, int] | None = None,
+        *,
+        seed: int = 0,
+    ) -> None:
+        """Runs a kernel on copies of `buffers` and copies the arrays back; `seed` means nothing."""
+        del seed
+        dispatch = Dispatch(kernel, tuple(grid), threads, dict(buffers), dict(constants or {}))
+        uploads = Uploads(self)
+        pointers = uploads.pointers(dispatch)
+        self.launch(dispatch, pointers)
+        self.synchronize()
+        uploads.download()
+        uploads.free()
+
+    # ---- time ---------------------------------------------------------------------------------
+
+    def seconds(self, work: Any, repeats: int = 7) -> float:
+        """The median time of work(), which queues in the stream, replayed as one graph."""
+        graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
+        work()  # compiles what is new, which capturing does not allow
+        self.synchronize()
+        self._call("cuStreamBeginCapture_v2", self.stream, 2)
+        work()
+        self._call("cuStreamEndCapture", self.stream, ctypes.byref(graph))
+        self._call(
+            "cuGraphInstantiateWithFlags", ctypes.byref(executable), graph, ctypes.c_uint64(0)
+        )
+        begin, end = ctypes.c_void_p(), ctypes.c_void_p()
+        self._call("cuEventCreate", ctypes.byref(begin), 0)
+        self._call("cuEventCreate", ctypes.byref(end), 0)
+        times = []
+        for _ in range(repeats + 2):
+            self._call("cuEventRecord", begin, self.stream)
+            self._call("cuGraphLaunch", executable, self.stream)
+            self._call("cuEventRecord", end, self.stream)
+            self.synchronize()
+            elapsed = ctypes.c_float()
+            self._call("cuEventElapsedTime", ctypes.byref(elapsed), begin, end)
+            times.append(elapsed.value * 1e-3)
+        self._call("cuGraphExecDestroy", executable)
+        self._call("cuGraphDestroy", graph)
+        return statistics.median(times[2:])
+
+
+class Uploads:
+    """Arrays on the device, each once, by identity."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        self._gpu = gpu
+        self._arrays: dict[int, tuple[Array, int]] = {}
+
+    def pointer(self, array: Array) -> int:
+        if id(array) not in self._arrays:
+            self._arrays[id(array)] = array, self._gpu.upload(array)
+        return self._arrays[id(array)][1]
+
+    def pointers(self, dispatch: Dispatch) -> dict[int, int]:
+        """Device pointers of a dispatch's buffers, by index."""
+        return {
+            index: self.pointer(data)
+            for index, data in dispatch.buffers.items()
+            if not isinstance(data, bytes)
+        }
+
+    def download(self) -> None:
+        for array, pointer in self._arrays.values():
+            if array.flags.writeable and array.nbytes:
+                self._gpu.download(pointer, array)
+
+    def free(self) -> None:
+        for _, pointer in self._arrays.values():
+            self._gpu.free(pointer)
+        self._arrays.clear()
