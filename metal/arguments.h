@@ -62,21 +62,16 @@ enum Limits : uint32_t {
 // Matrix-vector: blocks of rows.
 
 enum MatvecShape : uint32_t {
-  kMatvecThreads = 256,
-  kMatvecSimdgroups = 8,
+  kMatvecThreads = 128,
+  kMatvecSimdgroups = 4,
+  kMatvecRows = 4,          // of one simdgroup
   kMatvecLaneColumns = 32,  // consecutive columns of one lane
-  kMatvecRows = 8,          // of one simdgroup
+  kMatvecColumns = 4096,    // whose inputs are in threadgroup memory at a time
 };
 
-// How many simdgroups share a row, each with columns of its own: 1, 2, 4 or 8.
-inline uint32_t matvec_splits(uint32_t columns) {
-  const uint32_t width = uint32_t(kSimdWidth) * kMatvecLaneColumns;
-  return columns > 4 * width ? 8 : columns > 2 * width ? 4 : columns > width ? 2 : 1;
-}
-
 // Rows of one threadgroup.
-inline uint32_t matvec_block_rows(uint32_t columns) {
-  return kMatvecRows * kMatvecSimdgroups / matvec_splits(columns);
+inline uint32_t matvec_block_rows(uint32_t) {
+  return kMatvecRows * kMatvecSimdgroups;
 }
 
 // Matrix-matrix: tiles of rows and tokens.

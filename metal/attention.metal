@@ -88,7 +88,8 @@ kernel void attention_split(constant AttentionArguments& args [[buffer(kAttentio
                             uint thread_index [[thread_index_in_threadgroup]],
                             uint simdgroup [[simdgroup_index_in_threadgroup]],
                             uint lane [[thread_index_in_simdgroup]]) {
-  enum : uint { kRows = kSplitRows / 4, kLaneVectors = kVectors / kSimdWidth };
+  // kValues are loaded together, so that their latencies overlap.
+  enum : uint { kRows = kSplitRows / 4, kLaneVectors = kVectors / kSimdWidth, kValues = 8 };
   THREADGROUP_ARRAY(float4, tile, [kSplitRows][kVectors]);
   THREADGROUP_ARRAY(float, scores, [kSplitRows][kSplitKeys]);
 
@@ -156,15 +157,21 @@ kernel void attention_split(constant AttentionArguments& args [[buffer(kAttentio
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
 
-    const uint count = min(end - first_key, uint(kSplitKeys));
-    for (uint index = 0; index < count; ++index) {
-      const ulong at = cache + ulong(first_key + index) * vectors;
+    // Keys past the end weigh 0, and the last one's value stands for theirs.
+    for (uint index = 0; index < kSplitKeys; index += kValues) {
       for (uint j = 0; j < kLaneVectors; ++j) {
         const uint vector = lane + j * kSimdWidth;
         if (vector >= vectors) continue;
-        const float4 value = cached(value_cache, at + vector);
+        float4 value[kValues];
+        for (uint i = 0; i < kValues; ++i) {
+          const uint position = min(first_key + index + i, end - 1);
+          value[i] = cached(value_cache, cache + ulong(position) * vectors + vector);
+        }
         for (uint r = 0; r < kRows; ++r) {
-          weighted[r][j] = fma(float4(scores[simdgroup * kRows + r][index]), value, weighted[r][j]);
+          threadgroup const float* p = scores[simdgroup * kRows + r] + index;
+          for (uint i = 0; i < kValues; ++i) {
+            weighted[r][j] = fma(float4(p[i]), value[i], weighted[r][j]);
+          }
         }
       }
     }

@@ -10,6 +10,7 @@ kernel void causal_conv(device float* x [[buffer(kConvX)]],
                         uint3 position [[thread_position_in_grid]]) {
   const uint channel = position.x;
   if (channel >= args.channels) return;
+  enum : uint { kConvTokens = 8 };
   // The taps end at index kMaxConvTaps - 1, so that indices stay known to the compiler.
   const uint unused = kMaxConvTaps - args.taps;
   float tap[kMaxConvTaps], window[kMaxConvTaps];
@@ -17,13 +18,19 @@ kernel void causal_conv(device float* x [[buffer(kConvX)]],
     tap[k] = k < unused ? 0.0f : weight[ulong(k - unused) * args.channels + channel];
     window[k] = k <= unused ? 0.0f : state_in[ulong(k - unused - 1) * args.channels + channel];
   }
-  for (uint t = 0; t < args.tokens; ++t) {
-    for (uint k = 0; k + 1 < kMaxConvTaps; ++k) window[k] = window[k + 1];
-    device float* at = x + ulong(t) * args.channels + channel;
-    window[kMaxConvTaps - 1] = *at;
-    float sum = 0;
-    for (uint k = 0; k < kMaxConvTaps; ++k) sum = fma(tap[k], window[k], sum);
-    *at = silu(sum);
+  for (uint first = 0; first < args.tokens; first += kConvTokens) {
+    float inputs[kConvTokens];  // loaded together, so that their latencies overlap
+    for (uint i = 0; i < kConvTokens; ++i) {
+      const uint t = min(first + i, args.tokens - 1);
+      inputs[i] = x[ulong(t) * args.channels + channel];
+    }
+    for (uint i = 0; i < kConvTokens && first + i < args.tokens; ++i) {
+      for (uint k = 0; k + 1 < kMaxConvTaps; ++k) window[k] = window[k + 1];
+      window[kMaxConvTaps - 1] = inputs[i];
+      float sum = 0;
+      for (uint k = 0; k < kMaxConvTaps; ++k) sum = fma(tap[k], window[k], sum);
+      x[ulong(first + i) * args.channels + channel] = silu(sum);
+    }
   }
   for (uint k = 1; k < kMaxConvTaps; ++k) {
     if (k > unused) state_out[ulong(k - unused - 1) * args.channels + channel] = window[k];
@@ -120,6 +127,8 @@ kernel void gated_delta(
     for (uint i = 0; i < count; ++i) {
       threadgroup const float4* q = queries + (i * kMaxDeltaDim + part * kPartRows) / 4;
       threadgroup const float4* k = keys + (i * kMaxDeltaDim + part * kPartRows) / 4;
+      const ulong v = ulong(first + i) * qkv_width + 2 * key_width + head * value_dim + column;
+      const float value = used ? qkv[v] : 0.0f;  // early, for it takes long
       float key_sum = 0, query_sum = 0;
       for (uint r = 0; r < kPartRows / 4; ++r) {
         key_sum += dot(state[r], k[r]);
@@ -135,8 +144,7 @@ kernel void gated_delta(
         query_sum += by_query[side + p * kMaxDeltaDim + column];
       }
       const float decay = decays[i];
-      const ulong v = ulong(first + i) * qkv_width + 2 * key_width + head * value_dim + column;
-      const float d = used ? (qkv[v] - decay * key_sum) * betas[i] : 0.0f;
+      const float d = used ? (value - decay * key_sum) * betas[i] : 0.0f;
       for (uint r = 0; r < kPartRows / 4; ++r) state[r] = fma(k[r], float4(d), state[r] * decay);
       if (part == 0) outputs[i * kMaxDeltaDim + column] = decay * query_sum + key_queries[i] * d;
     }

@@ -64,26 +64,22 @@ kernel void experts_gate_up(device const float* x [[buffer(kExpertX)]],
                             uint thread_index [[thread_index_in_threadgroup]],
                             uint simdgroup [[simdgroup_index_in_threadgroup]],
                             uint lane [[thread_index_in_simdgroup]]) {
-  THREADGROUP_ARRAY(float, gates, [kMatvecSimdgroups * kMatvecRows]);
-  THREADGROUP_ARRAY(float, ups, [kMatvecSimdgroups * kMatvecRows]);
+  STAGED_INPUTS;
   const Sources sources = SOURCES;
   const uint pair = group.y;
   constant ExpertEntry& expert = args.experts[expert_of(args, pair)];
-  const uint rows = expert.intermediate;
-  const Place place = place_of(args.hidden, simdgroup);
-  const uint block_rows = matvec_block_rows(args.hidden);
-  const uint first = group.x * block_rows;
-  device const float* input = x + ulong(pair_tokens[pair]) * args.hidden;
-  const uint at = simdgroup * kMatvecRows;
-  multiply_rows(first_format(), find(sources, expert.gate), first + place.first_row, rows,
-                args.hidden, input, place, lane, gates + at);
-  multiply_rows(second_format(), find(sources, expert.up), first + place.first_row, rows,
-                args.hidden, input, place, lane, ups + at);
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  const uint row = first + thread_index;
-  if (thread_index >= block_rows || row >= rows) return;
-  const float gate = add_splits(gates, thread_index, place.splits);
-  const float up = add_splits(ups, thread_index, place.splits);
+  const uint rows = expert.intermediate, columns = args.hidden;
+  const uint block = group.x * matvec_block_rows(columns);
+  if (block >= rows) return;  // the whole threadgroup
+  const uint first = block + simdgroup * kMatvecRows;
+  device const float* input = x + ulong(pair_tokens[pair]) * columns;
+  const float gate = multiply_rows(first_format(), find(sources, expert.gate), first, rows, columns,
+                                   input, false, thread_index, lane, staged, sums);
+  const bool ready = stay_staged(first_format(), second_format(), columns);
+  const float up = multiply_rows(second_format(), find(sources, expert.up), first, rows, columns,
+                                 input, ready, thread_index, lane, staged, sums);
+  const uint row = first + lane / 8;
+  if (lane % 8 != 0 || row >= rows) return;
   activations[ulong(pair) * args.stride + row] = silu(gate) * up;
 }
 
@@ -94,21 +90,18 @@ kernel void experts_down(constant ExpertArguments& args [[buffer(kExpertArgument
                          uint thread_index [[thread_index_in_threadgroup]],
                          uint simdgroup [[simdgroup_index_in_threadgroup]],
                          uint lane [[thread_index_in_simdgroup]]) {
-  THREADGROUP_ARRAY(float, partial, [kMatvecSimdgroups * kMatvecRows]);
+  STAGED_INPUTS;
   const Sources sources = SOURCES;
   const uint pair = group.y;
   constant ExpertEntry& expert = args.experts[expert_of(args, pair)];
-  const Place place = place_of(args.stride, simdgroup);
-  const uint block_rows = matvec_block_rows(args.stride);
-  const uint first = group.x * block_rows;
-  multiply_rows(first_format(), find(sources, expert.down), first + place.first_row, args.hidden,
-                expert.intermediate, activations + ulong(pair) * args.stride, place, lane,
-                partial + simdgroup * kMatvecRows);
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  const uint row = first + thread_index;
-  if (thread_index >= block_rows || row >= args.hidden) return;
+  const uint first = group.x * matvec_block_rows(args.stride) + simdgroup * kMatvecRows;
+  const float sum = multiply_rows(first_format(), find(sources, expert.down), first, args.hidden,
+                                  expert.intermediate, activations + ulong(pair) * args.stride,
+                                  false, thread_index, lane, staged, sums);
+  const uint row = first + lane / 8;
+  if (lane % 8 != 0 || row >= args.hidden) return;
   device float* out = (device float*)find(sources, expert.out);
-  out[ulong(pair_rows[pair]) * args.hidden + row] = add_splits(partial, thread_index, place.splits);
+  out[ulong(pair_rows[pair]) * args.hidden + row] = sum;
 }
 
 // A tile of pairs, all of one expert.

@@ -1,37 +1,70 @@
-// Matrix times vector, the whole of decoding. A lane takes 32 consecutive columns: it keeps their
-// inputs in registers and meets them with rows of the weight, several at a time, so that many wide
-// loads are in flight. Simdgroups of a threadgroup share a row where it is long.
+// Matrix times vector, the whole of decoding. A threadgroup puts the inputs into threadgroup
+// memory, laid out for what follows: a lane takes 32 consecutive columns, whose inputs it keeps in
+// registers while it meets them with four rows of the weight, so that many wide loads are in
+// flight.
 #pragma once
 
 #include "common.h"
 
-enum MatvecStep : uint { kStep = 4 };  // rows taken at a time
-
-// 32 consecutive inputs of a lane. Element i of a word is not shifted down to its value but masked
-// where it stands, 2^(bits i) times too large; the inputs are that much smaller (both exactly).
-struct Inputs {
-  float x[kMatvecLaneColumns];
-  float sum;  // of the inputs as they were
+// Float4s of the inputs: the i-th of a lane's eight, of 32 lanes side by side. The pitch keeps the
+// eight in different banks.
+enum StagedShape : uint {
+  kStagedPitch = kSimdWidth + 1,
+  kLaneVectors = kMatvecLaneColumns / 4,
+  kChunkColumns = kSimdWidth * kMatvecLaneColumns,
+  kChunks = kMatvecColumns / kChunkColumns,
+  kStagedVectors = kChunks * kLaneVectors * kStagedPitch,
+  kStagedSums = kMatvecColumns / kMatvecLaneColumns,  // one for each lane's inputs
 };
 
-inline Inputs load_inputs(Format format, device const float* x) {
+#define STAGED_INPUTS                                  \
+  THREADGROUP_ARRAY(float4, staged, [kStagedVectors]); \
+  THREADGROUP_ARRAY(float, sums, [kStagedSums])
+
+// Element i of a word is not shifted down to its value but masked where it stands, 2^(bits i) times
+// too large; the inputs are that much smaller (both exactly).
+inline float4 scaled_down(Format format, float4 x, uint column) {
+  if (format.bits == 0) return x;
+  const uint first = column % (32 / format.bits) * format.bits;
+  return x * float4(1.0f / float(1u << first), 1.0f / float(1u << (first + format.bits)),
+                    1.0f / float(1u << (first + 2 * format.bits)),
+                    1.0f / float(1u << (first + 3 * format.bits)));
+}
+
+// Puts up to kMatvecColumns inputs, a multiple of 32, into threadgroup memory, and zeros after
+// them. Every thread must call it; a barrier follows.
+inline void stage(Format format, device const float* x, uint columns, uint thread_index,
+                  threadgroup float4* staged, threadgroup float* sums) {
+  for (uint vector = thread_index; vector < kMatvecColumns / 4; vector += kMatvecThreads) {
+    const uint block = vector / kLaneVectors, i = vector % kLaneVectors;
+    const float4 four = 4 * vector < columns ? ((device const float4*)x)[vector] : float4(0.0f);
+    staged[(block / kSimdWidth * kLaneVectors + i) * kStagedPitch + block % kSimdWidth] =
+        scaled_down(format, four, 4 * i);
+    float sum = four.x + four.y + four.z + four.w;
+    sum += simd_shuffle_xor(sum, 1);
+    sum += simd_shuffle_xor(sum, 2);
+    sum += simd_shuffle_xor(sum, 4);
+    if (i == 0) sums[block] = sum;
+  }
+}
+
+// 32 consecutive inputs of a lane, scaled down, and their sum as they were.
+struct Inputs {
+  float x[kMatvecLaneColumns];
+  float sum;
+};
+
+inline Inputs load_inputs(threadgroup const float4* staged, threadgroup const float* sums,
+                          uint chunk, uint lane) {
   Inputs in;
-  float4 sum = float4(0.0f);
-  for (uint i = 0; i < kMatvecLaneColumns / 4; ++i) {
-    const float4 four = ((device const float4*)x)[i];
+  for (uint i = 0; i < kLaneVectors; ++i) {
+    const float4 four = staged[(chunk * kLaneVectors + i) * kStagedPitch + lane];
     in.x[4 * i] = four.x;
     in.x[4 * i + 1] = four.y;
     in.x[4 * i + 2] = four.z;
     in.x[4 * i + 3] = four.w;
-    sum += four;
   }
-  in.sum = sum.x + sum.y + sum.z + sum.w;
-  if (format.bits != 0) {
-    const uint per_word = 32 / format.bits;
-    for (uint i = 0; i < kMatvecLaneColumns; ++i) {
-      in.x[i] *= 1.0f / float(1u << i % per_word * format.bits);
-    }
-  }
+  in.sum = sums[chunk * kSimdWidth + lane];
   return in;
 }
 
@@ -83,12 +116,12 @@ inline float dot_block(Format format, device const uchar* w, thread const Inputs
   return total;
 }
 
-// Adds to total[r] what columns [begin, begin + 32) give to row first + r. Rows past the last are
+// Adds to total[r] what 32 columns from `column` on give to row first + r. Rows past the last are
 // taken for it; nobody asks for their sums.
-inline void dot_rows(Format format, Stored w, uint first, uint rows, uint columns, uint begin,
+inline void dot_rows(Format format, Stored w, uint first, uint rows, uint columns, uint column,
                      thread const Inputs& in, thread float* total) {
-  for (uint r = 0; r < kStep; ++r) {
-    const ulong at = ulong(min(first + r, rows - 1)) * columns + begin;
+  for (uint r = 0; r < kMatvecRows; ++r) {
+    const ulong at = ulong(min(first + r, rows - 1)) * columns + column;
     if (format.bits == 0) {
       total[r] += dot_block(format, w.weight + at * (format.dtype == kF32 ? 4 : 2), in);
     } else {
@@ -100,61 +133,53 @@ inline void dot_rows(Format format, Stored w, uint first, uint rows, uint column
   }
 }
 
-// The same over all of a dense weight's columns, where they are no multiple of 32.
-inline void dot_odd_rows(Format format, Stored w, uint first, uint rows, uint columns, uint begin,
-                         uint stride, device const float* x, thread float* total) {
-  for (uint r = 0; r < kStep; ++r) {
-    const ulong row = min(first + r, rows - 1);
-    for (uint i = begin; i < columns; i += stride) {
-      total[r] = fma(weight_at(format, w, row, columns, i), x[i], total[r]);
-    }
-  }
+// The sum over all lanes of total[lane / 8]: four sums in little more time than one, since a lane
+// hands half of what it has to another at each of the first steps.
+inline float sum_four(thread const float* total, uint lane) {
+  const bool high = (lane & 16) != 0, odd = (lane & 8) != 0;
+  const float first =
+      (high ? total[2] : total[0]) + simd_shuffle_xor(high ? total[0] : total[2], 16);
+  const float second =
+      (high ? total[3] : total[1]) + simd_shuffle_xor(high ? total[1] : total[3], 16);
+  float sum = (odd ? second : first) + simd_shuffle_xor(odd ? first : second, 8);
+  sum += simd_shuffle_xor(sum, 4);
+  sum += simd_shuffle_xor(sum, 2);
+  return sum + simd_shuffle_xor(sum, 1);
 }
 
-// Where a simdgroup stands in its threadgroup's block of rows.
-struct Place {
-  uint split, splits;  // its share of the columns
-  uint first_row;      // of its kMatvecRows rows, counted from the block's first
-};
-
-inline Place place_of(uint columns, uint simdgroup) {
-  const uint splits = matvec_splits(columns);
-  return {simdgroup % splits, splits, simdgroup / splits * kMatvecRows};
+// Whether inputs staged for one format serve another too.
+inline bool stay_staged(Format format, Format next, uint columns) {
+  return format.bits == next.bits && columns <= kMatvecColumns;
 }
 
-// partial[r] = row first + r of w times x, over this simdgroup's share of the columns.
-inline void multiply_rows(Format format, Stored w, uint first, uint rows, uint columns,
-                          device const float* x, Place place, uint lane,
-                          threadgroup float* partial) {
-  const uint mine = (place.split * kSimdWidth + lane) * kMatvecLaneColumns;
-  const uint stride = place.splits * kSimdWidth * kMatvecLaneColumns;
-  const bool odd = columns % kMatvecLaneColumns != 0;
-  uint held = columns;  // the first of the columns whose inputs are in registers
-  Inputs in;
-  for (uint row = 0; row < kMatvecRows && first + row < rows; row += kStep) {
-    float total[kStep] = {0, 0, 0, 0};
-    if (odd) {
-      dot_odd_rows(format, w, first + row, rows, columns, place.split * kSimdWidth + lane,
-                   place.splits * kSimdWidth, x, total);
-    } else {
-      for (uint begin = mine; begin < columns; begin += stride) {
-        if (begin != held) in = load_inputs(format, x + begin);
-        held = begin;
-        dot_rows(format, w, first + row, rows, columns, begin, in, total);
+// Row first + lane / 8 of w times x. Every thread of the threadgroup must call it. `ready`: the
+// inputs are in threadgroup memory already.
+inline float multiply_rows(Format format, Stored w, uint first, uint rows, uint columns,
+                           device const float* x, bool ready, uint thread_index, uint lane,
+                           threadgroup float4* staged, threadgroup float* sums) {
+  float total[kMatvecRows] = {0, 0, 0, 0};
+  if (columns % kMatvecLaneColumns != 0) {  // a dense weight
+    for (uint r = 0; r < kMatvecRows; ++r) {
+      const ulong row = min(first + r, rows - 1);
+      for (uint column = lane; column < columns; column += kSimdWidth) {
+        total[r] = fma(weight_at(format, w, row, columns, column), x[column], total[r]);
       }
     }
-    for (uint r = 0; r < kStep; ++r) {
-      const float sum = simd_sum(total[r]);
-      if (lane == 0) partial[row + r] = sum;
+    return sum_four(total, lane);
+  }
+  for (uint begin = 0; begin < columns; begin += kMatvecColumns) {
+    if (!ready) {
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      stage(format, x + begin, min(columns - begin, uint(kMatvecColumns)), thread_index, staged,
+            sums);
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+    }
+    for (uint chunk = 0; chunk < kChunks; ++chunk) {
+      const uint column = begin + (chunk * kSimdWidth + lane) * kMatvecLaneColumns;
+      if (column >= columns) continue;
+      const Inputs in = load_inputs(staged, sums, chunk, lane);
+      dot_rows(format, w, first, rows, columns, column, in, total);
     }
   }
-}
-
-// Row `row` of the block from what its simdgroups found; partial is [simdgroups][kMatvecRows].
-inline float add_splits(threadgroup const float* partial, uint row, uint splits) {
-  threadgroup const float* at =
-      partial + row / kMatvecRows * splits * kMatvecRows + row % kMatvecRows;
-  float sum = 0;
-  for (uint split = 0; split < splits; ++split) sum += at[split * kMatvecRows];
-  return sum;
+  return sum_four(total, lane);
 }

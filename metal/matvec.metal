@@ -8,17 +8,14 @@ kernel void matvec(device const float* x [[buffer(kProductX)]],
                    uint thread_index [[thread_index_in_threadgroup]],
                    uint simdgroup [[simdgroup_index_in_threadgroup]],
                    uint lane [[thread_index_in_simdgroup]]) {
-  THREADGROUP_ARRAY(float, partial, [kMatvecSimdgroups * kMatvecRows]);
+  STAGED_INPUTS;
   const Product product = select_product(args, group.x, PRODUCTS);
-  const Place place = place_of(args.columns, simdgroup);
-  const uint block_rows = matvec_block_rows(args.columns);
-  const uint first = product.block * block_rows;
-  multiply_rows(first_format(), product.w, first + place.first_row, product.rows, args.columns,
-                x + ulong(group.y) * args.columns, place, lane, partial + simdgroup * kMatvecRows);
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  const uint row = first + thread_index;
-  if (thread_index >= block_rows || row >= product.rows) return;
+  const uint first = product.block * matvec_block_rows(args.columns) + simdgroup * kMatvecRows;
+  const float sum =
+      multiply_rows(first_format(), product.w, first, product.rows, args.columns,
+                    x + ulong(group.y) * args.columns, false, thread_index, lane, staged, sums);
+  const uint row = first + lane / 8;
+  if (lane % 8 != 0 || row >= product.rows) return;
   device float* out = product.out + ulong(group.y) * product.rows + row;
-  const float sum = add_splits(partial, thread_index, place.splits);
   *out = product.add ? *out + sum : sum;
 }

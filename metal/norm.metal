@@ -42,6 +42,7 @@ kernel void combine(device const float* expert_out [[buffer(kCombineExpertOut)]]
   float squares = 0;
   for (uint i = thread_index; i < args.hidden; i += kCombineThreads) {
     float total = x[row + i];
+#pragma unroll 5
     for (uint j = 0; j < args.top_k; ++j) {
       total = fma(expert_weights[pair + j], expert_out[(pair + j) * args.hidden + i], total);
     }

@@ -42,9 +42,8 @@ K, S = _parse(_HEADER.read_text())
 
 def matvec_block_rows(columns: int) -> int:
     """As in arguments.h."""
-    width = K["kSimdWidth"] * K["kMatvecLaneColumns"]
-    splits = 8 if columns > 4 * width else 4 if columns > 2 * width else 2 if columns > width else 1
-    return K["kMatvecRows"] * K["kMatvecSimdgroups"] // splits
+    del columns
+    return K["kMatvecRows"] * K["kMatvecSimdgroups"]
 
 
 def ceil_div(a: int, b: int) -> int:

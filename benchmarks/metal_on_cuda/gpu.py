@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import nvrtc
 import numpy as np
+import nvrtc
 from shader_dispatch import Dispatch
 
 Array = np.ndarray[Any, Any]

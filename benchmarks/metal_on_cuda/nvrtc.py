@@ -96,7 +96,7 @@ def _library() -> ctypes.CDLL:
 
 @functools.cache
 def compile_kernels(file: str, constants: tuple[int, ...], architecture: str = "sm_90") -> bytes:
-    """The cubin of one file of metal/, its kernels specialised. Raises RuntimeError with the log."""
+    """The cubin of a file of metal/, its kernels specialised. Raises RuntimeError."""
     nvrtc = _library()
     source = f'#include "{file}"\n' + "".join(
         _entry(name) for name, (path, _) in kernels().items() if path.name == file
