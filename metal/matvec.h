@@ -84,52 +84,69 @@ inline float dot_pair(uint dtype, uint word, thread const float* x, float total)
   return fma(bf16 ? as_type<float>(word & 0xffff0000) : half_to_float(word >> 16), x[1], total);
 }
 
-inline float dot_word(Format format, uint word, thread const float* x, float total) {
-  return format.bits != 0 ? dot_word(format.bits, word, x, total)
-                          : dot_pair(format.dtype, word, x, total);
-}
-
-// Sum of q[i] x[i] (of w[i] x[i] where dense) over the 32 elements at `w`.
-inline float dot_block(Format format, device const uchar* w, thread const Inputs& in) {
+// Sum of w[i] x[i] over the `block`-th 32 elements of a dense weight.
+inline float dot_dense(uint dtype, device const uchar* w, uint block, thread const Inputs& in) {
   float total = 0;
-  if (format.bits == 2) {
-    const uint2 words = *(device const uint2*)w;
-    total = dot_word(2, words.x, in.x, total);
-    return dot_word(2, words.y, in.x + 16, total);
-  }
-  if (format.bits == 0 && format.dtype == kF32) {
-    for (uint i = 0; i < 8; ++i) {
-      const float4 four = ((device const float4*)w)[i];
+  if (dtype == kF32) {
+    for (uint i = 0; i < kLaneVectors; ++i) {
+      const float4 four = ((device const float4*)w)[ulong(block) * kLaneVectors + i];
       total += dot(four, float4(in.x[4 * i], in.x[4 * i + 1], in.x[4 * i + 2], in.x[4 * i + 3]));
     }
     return total;
   }
-  const uint per_word = format.bits == 0 ? 2 : 32 / format.bits;
-  for (uint i = 0; i < kMatvecLaneColumns / (4 * per_word); ++i) {
-    const uint4 words = ((device const uint4*)w)[i];
-    thread const float* x = in.x + 4 * i * per_word;
-    total = dot_word(format, words.x, x, total);
-    total = dot_word(format, words.y, x + per_word, total);
-    total = dot_word(format, words.z, x + 2 * per_word, total);
-    total = dot_word(format, words.w, x + 3 * per_word, total);
+  for (uint i = 0; i < kMatvecLaneColumns / 8; ++i) {
+    const uint4 words = ((device const uint4*)w)[ulong(block) * (kMatvecLaneColumns / 8) + i];
+    thread const float* x = in.x + 8 * i;
+    total = dot_pair(dtype, words.x, x, total);
+    total = dot_pair(dtype, words.y, x + 2, total);
+    total = dot_pair(dtype, words.z, x + 4, total);
+    total = dot_pair(dtype, words.w, x + 6, total);
   }
   return total;
 }
 
-// Adds to total[r] what 32 columns from `column` on give to row first + r. Rows past the last are
-// taken for it; nobody asks for their sums.
-inline void dot_rows(Format format, Stored w, uint first, uint rows, uint columns, uint column,
-                     thread const Inputs& in, thread float* total) {
+// What four rows of a quantised weight hold for a lane's 32 columns, as stored.
+struct Fetched {
+  uint words[kMatvecRows][8];  // as many as an element has bits
+  float scale[kMatvecRows], bias[kMatvecRows];
+};
+
+// `block[r]` is the number of 32 columns' elements of row r, counted from the weight's first.
+inline void fetch(Format format, Stored w, thread const uint* block, thread Fetched& out) {
+  if (format.bits == 0) return;
   for (uint r = 0; r < kMatvecRows; ++r) {
-    const ulong at = ulong(min(first + r, rows - 1)) * columns + column;
-    if (format.bits == 0) {
-      total[r] += dot_block(format, w.weight + at * (format.dtype == kF32 ? 4 : 2), in);
+    if (format.bits == 2) {
+      const uint2 two = ((device const uint2*)w.weight)[block[r]];
+      out.words[r][0] = two.x;
+      out.words[r][1] = two.y;
     } else {
-      const float product = dot_block(format, w.weight + at * format.bits / 8, in);
-      const float scale = element(format.dtype, w.scales, at / format.group);
-      const float bias = element(format.dtype, w.biases, at / format.group);
-      total[r] = fma(scale, product, fma(bias, in.sum, total[r]));
+      for (uint i = 0; i < format.bits / 4; ++i) {
+        const uint4 four = ((device const uint4*)w.weight)[ulong(block[r]) * (format.bits / 4) + i];
+        out.words[r][4 * i] = four.x;
+        out.words[r][4 * i + 1] = four.y;
+        out.words[r][4 * i + 2] = four.z;
+        out.words[r][4 * i + 3] = four.w;
+      }
     }
+    const uint group = block[r] / (format.group / kMatvecLaneColumns);
+    out.scale[r] = element(format.dtype, w.scales, group);
+    out.bias[r] = element(format.dtype, w.biases, group);
+  }
+}
+
+// Adds to total[r] what 32 columns give to row r.
+inline void dot_rows(Format format, Stored w, thread const uint* block, thread const Inputs& in,
+                     thread const Fetched& fetched, thread float* total) {
+  for (uint r = 0; r < kMatvecRows; ++r) {
+    if (format.bits == 0) {
+      total[r] += dot_dense(format.dtype, w.weight, block[r], in);
+      continue;
+    }
+    float product = 0;
+    for (uint i = 0; i < format.bits; ++i) {
+      product = dot_word(format.bits, fetched.words[r][i], in.x + i * (32 / format.bits), product);
+    }
+    total[r] = fma(fetched.scale[r], product, fma(fetched.bias[r], in.sum, total[r]));
   }
 }
 
@@ -167,6 +184,15 @@ inline float multiply_rows(Format format, Stored w, uint first, uint rows, uint 
     }
     return sum_four(total, lane);
   }
+  // Rows past the last are taken for it; nobody asks for their sums. What the next columns hold is
+  // asked for before this one's is used, and the first columns' before the inputs are there.
+  uint block[kMatvecRows];
+  for (uint r = 0; r < kMatvecRows; ++r) {
+    block[r] = min(first + r, rows - 1) * (columns / kMatvecLaneColumns) + lane;
+  }
+  Fetched now, next;
+  uint column = lane * kMatvecLaneColumns;
+  if (column < columns) fetch(format, w, block, now);
   for (uint begin = 0; begin < columns; begin += kMatvecColumns) {
     if (!ready) {
       threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -174,11 +200,15 @@ inline float multiply_rows(Format format, Stored w, uint first, uint rows, uint 
             sums);
       threadgroup_barrier(mem_flags::mem_threadgroup);
     }
-    for (uint chunk = 0; chunk < kChunks; ++chunk) {
-      const uint column = begin + (chunk * kSimdWidth + lane) * kMatvecLaneColumns;
-      if (column >= columns) continue;
+    for (uint chunk = 0; chunk < kChunks && column < columns; ++chunk) {
       const Inputs in = load_inputs(staged, sums, chunk, lane);
-      dot_rows(format, w, first, rows, columns, column, in, total);
+      uint following[kMatvecRows];
+      for (uint r = 0; r < kMatvecRows; ++r) following[r] = block[r] + kSimdWidth;
+      column += kChunkColumns;
+      if (column < columns) fetch(format, w, following, next);
+      dot_rows(format, w, block, in, now, total);
+      for (uint r = 0; r < kMatvecRows; ++r) block[r] = following[r];
+      now = next;
     }
   }
   return sum_four(total, lane);

@@ -14,6 +14,18 @@ from shader_dispatch import Dispatch
 Array = np.ndarray[Any, Any]
 _ATTRIBUTES = {"major": 75, "minor": 76}
 
+# Four 16-byte loads of a thread in flight, a block's neighbours side by side.
+_COPY = """
+extern "C" __global__ void copy(uint4* to, const uint4* from, unsigned long count) {
+  const unsigned long stride = gridDim.x * 1024ul;
+  for (unsigned long at = blockIdx.x * 1024ul + threadIdx.x; at < count; at += stride) {
+    uint4 part[4];
+    for (int i = 0; i < 4; ++i) if (at + 256 * i < count) part[i] = from[at + 256 * i];
+    for (int i = 0; i < 4; ++i) if (at + 256 * i < count) to[at + 256 * i] = part[i];
+  }
+}
+"""
+
 
 class CudaError(RuntimeError):
     pass
@@ -85,13 +97,13 @@ class Gpu:
         self._call("cuMemFree_v2", ctypes.c_uint64(pointer))
 
     def copy(self, to: int, source: int, size: int) -> None:
-        """Device to device, in the stream."""
+        """Device to device, in the stream, by a kernel; `size` is rounded down to 16 bytes."""
+        values = [ctypes.c_uint64(to), ctypes.c_uint64(source), ctypes.c_uint64(size // 16)]
+        addresses = (ctypes.c_void_p * 3)(*(ctypes.addressof(v) for v in values))
+        blocks = min(1 << 16, size // 16 // 1024 + 1)
+        function = self._load(nvrtc.compile_source(_COPY, self._architecture), "copy")
         self._call(
-            "cuMemcpyDtoDAsync_v2",
-            ctypes.c_uint64(to),
-            ctypes.c_uint64(source),
-            ctypes.c_size_t(size),
-            self.stream,
+            "cuLaunchKernel", function, blocks, 1, 1, 256, 1, 1, 0, self.stream, addresses, None
         )
 
     # ---- kernels ------------------------------------------------------------------------------
@@ -100,9 +112,13 @@ class Gpu:
     def _function(self, kernel: str, constants: tuple[int, ...]) -> ctypes.c_void_p:
         file = nvrtc.kernels()[kernel][0].name
         image = nvrtc.compile_kernels(file, constants, self._architecture)
+        return self._load(image, f"cuda_{kernel}")
+
+    @functools.cache  # noqa: B019
+    def _load(self, image: bytes, name: str) -> ctypes.c_void_p:
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
         self._call("cuModuleLoadData", ctypes.byref(module), image)
-        self._call("cuModuleGetFunction", ctypes.byref(function), module, f"cuda_{kernel}".encode())
+        self._call("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
         return function
 
     def launch(self, dispatch: Dispatch, pointers: Mapping[int, int]) -> None:

@@ -31,9 +31,6 @@ _PLACES = {
 _THREADS = {
     "rms_norm": K["kNormThreads"],
     "combine": K["kCombineThreads"],
-    "matvec": K["kMatvecThreads"],
-    "experts_gate_up": K["kMatvecThreads"],
-    "experts_down": K["kMatvecThreads"],
 }
 
 
@@ -95,26 +92,14 @@ def _library() -> ctypes.CDLL:
 
 
 @functools.cache
-def compile_kernels(file: str, constants: tuple[int, ...], architecture: str = "sm_90") -> bytes:
-    """The cubin of a file of metal/, its kernels specialised. Raises RuntimeError."""
+def compile_source(source: str, architecture: str, options: tuple[str, ...] = ()) -> bytes:
+    """The cubin of CUDA source text. Raises RuntimeError with the compiler's log."""
     nvrtc = _library()
-    source = f'#include "{file}"\n' + "".join(
-        _entry(name) for name, (path, _) in kernels().items() if path.name == file
-    )
     program = ctypes.c_void_p()
-    nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"shaders.cu", 0, None, None)
-    options = [
-        f"--gpu-architecture={architecture}",
-        "-default-device",
-        "-diag-suppress=1097",  # attributes that CUDA does not know
-        "--std=c++17",
-        "-lineinfo",
-        "-D__METAL_VERSION__=240",
-        "-DFUNCTION_CONSTANTS=" + ",".join(map(str, constants)),
-        *(f"-I{path}" for path in INCLUDES),
-    ]
-    array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
-    failed = nvrtc.nvrtcCompileProgram(program, len(options), array)
+    nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"source.cu", 0, None, None)
+    every = [f"--gpu-architecture={architecture}", "--std=c++17", "-lineinfo", *options]
+    array = (ctypes.c_char_p * len(every))(*(option.encode() for option in every))
+    failed = nvrtc.nvrtcCompileProgram(program, len(every), array)
 
     def get(what: str) -> bytes:
         size = ctypes.c_size_t()
@@ -129,3 +114,19 @@ def compile_kernels(file: str, constants: tuple[int, ...], architecture: str = "
         return get("CUBIN")
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+@functools.cache
+def compile_kernels(file: str, constants: tuple[int, ...], architecture: str = "sm_90") -> bytes:
+    """The cubin of a file of metal/, its kernels specialised. Raises RuntimeError."""
+    source = f'#include "{file}"\n' + "".join(
+        _entry(name) for name, (path, _) in kernels().items() if path.name == file
+    )
+    options = (
+        "-default-device",
+        "-diag-suppress=1097",  # attributes that CUDA does not know
+        "-D__METAL_VERSION__=240",
+        "-DFUNCTION_CONSTANTS=" + ",".join(map(str, constants)),
+        *(f"-I{path}" for path in INCLUDES),
+    )
+    return compile_source(source, architecture, options)
