@@ -88,7 +88,7 @@ class Bench:
             p[i]: a.nbytes
             for d, p in zip(dispatches, pointers, strict=True)
             for i, a in d.buffers.items()
-            if not isinstance(a, bytes) and a.nbytes > 1 << 18
+            if i in p and a.nbytes > 1 << 18
         }
         total = sum(sizes.values())
         copies = int(np.clip(4 * L2_BYTES / total, 1, 64)) if total else 1

@@ -83,6 +83,8 @@ class Gpu:
                 data.ctypes.data_as(ctypes.c_void_p),
                 ctypes.c_size_t(data.nbytes),
             )
+            # The call may return before the bytes are there, and the stream does not wait for it.
+            self._call("cuCtxSynchronize")
         return pointer
 
     def download(self, pointer: int, array: Array) -> None:
@@ -216,9 +218,9 @@ class Uploads:
     def pointers(self, dispatch: Dispatch) -> dict[int, int]:
         """Device pointers of a dispatch's buffers, by index."""
         return {
-            index: self.pointer(data)
-            for index, data in dispatch.buffers.items()
-            if not isinstance(data, bytes)
+            index: self.pointer(dispatch.buffers[index])
+            for index, is_struct in nvrtc.buffers(dispatch.kernel)
+            if not is_struct
         }
 
     def download(self) -> None:
