@@ -64,15 +64,14 @@ enum Limits : uint32_t {
 enum MatvecShape : uint32_t {
   kMatvecThreads = 128,
   kMatvecSimdgroups = 4,
-  kMatvecRows = 4,          // of one simdgroup at a time
-  kMatvecPasses = 2,        // over the rows of a threadgroup's block
+  kMatvecRows = 4,          // of one simdgroup
   kMatvecLaneColumns = 32,  // consecutive columns of one lane
   kMatvecColumns = 4096,    // whose inputs are in threadgroup memory at a time
 };
 
 // Rows of one threadgroup.
 inline uint32_t matvec_block_rows(uint32_t) {
-  return kMatvecRows * kMatvecSimdgroups * kMatvecPasses;
+  return kMatvecRows * kMatvecSimdgroups;
 }
 
 // Matrix-matrix: tiles of rows and tokens.

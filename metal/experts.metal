@@ -69,20 +69,18 @@ kernel void experts_gate_up(device const float* x [[buffer(kExpertX)]],
   const uint pair = group.y;
   constant ExpertEntry& expert = args.experts[expert_of(args, pair)];
   const uint rows = expert.intermediate, columns = args.hidden;
-  if (group.x * matvec_block_rows(columns) >= rows) return;  // the whole threadgroup
+  const uint block = group.x * matvec_block_rows(columns);
+  if (block >= rows) return;  // the whole threadgroup
+  const uint first = block + simdgroup * kMatvecRows;
   device const float* input = x + ulong(pair_tokens[pair]) * columns;
-  const Stored of_gate = find(sources, expert.gate), of_up = find(sources, expert.up);
-  const bool stay = stay_staged(first_format(), second_format(), columns);
-  for (uint pass = 0; pass < kMatvecPasses; ++pass) {
-    const uint first = first_row(group.x, columns, pass, simdgroup);
-    const float gate = multiply_rows(first_format(), of_gate, first, rows, columns, input,
-                                     pass > 0 && stay, thread_index, lane, staged, sums);
-    const float up = multiply_rows(second_format(), of_up, first, rows, columns, input, stay,
-                                   thread_index, lane, staged, sums);
-    const uint row = first + lane / 8;
-    if (lane % 8 != 0 || row >= rows) continue;
-    activations[ulong(pair) * args.stride + row] = silu(gate) * up;
-  }
+  const float gate = multiply_rows(first_format(), find(sources, expert.gate), first, rows, columns,
+                                   input, false, thread_index, lane, staged, sums);
+  const bool ready = stay_staged(first_format(), second_format(), columns);
+  const float up = multiply_rows(second_format(), find(sources, expert.up), first, rows, columns,
+                                 input, ready, thread_index, lane, staged, sums);
+  const uint row = first + lane / 8;
+  if (lane % 8 != 0 || row >= rows) return;
+  activations[ulong(pair) * args.stride + row] = silu(gate) * up;
 }
 
 kernel void experts_down(constant ExpertArguments& args [[buffer(kExpertArguments)]],
@@ -96,19 +94,14 @@ kernel void experts_down(constant ExpertArguments& args [[buffer(kExpertArgument
   const Sources sources = SOURCES;
   const uint pair = group.y;
   constant ExpertEntry& expert = args.experts[expert_of(args, pair)];
-  const Stored w = find(sources, expert.down);
-  device const float* input = activations + ulong(pair) * args.stride;
-  device float* out =
-      (device float*)find(sources, expert.out) + ulong(pair_rows[pair]) * args.hidden;
-  const Format format = first_format();
-  for (uint pass = 0; pass < kMatvecPasses; ++pass) {
-    const uint first = first_row(group.x, args.stride, pass, simdgroup);
-    const bool ready = pass > 0 && stay_staged(format, format, args.stride);
-    const float sum = multiply_rows(format, w, first, args.hidden, expert.intermediate, input,
-                                    ready, thread_index, lane, staged, sums);
-    const uint row = first + lane / 8;
-    if (lane % 8 == 0 && row < args.hidden) out[row] = sum;
-  }
+  const uint first = group.x * matvec_block_rows(args.stride) + simdgroup * kMatvecRows;
+  const float sum = multiply_rows(first_format(), find(sources, expert.down), first, args.hidden,
+                                  expert.intermediate, activations + ulong(pair) * args.stride,
+                                  false, thread_index, lane, staged, sums);
+  const uint row = first + lane / 8;
+  if (lane % 8 != 0 || row >= args.hidden) return;
+  device float* out = (device float*)find(sources, expert.out);
+  out[ulong(pair_rows[pair]) * args.hidden + row] = sum;
 }
 
 // A tile of pairs, all of one expert.

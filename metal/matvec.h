@@ -164,11 +164,6 @@ inline float sum_four(thread const float* total, uint lane) {
   return sum + simd_shuffle_xor(sum, 1);
 }
 
-// The first of the rows that a simdgroup takes in a pass.
-inline uint first_row(uint block, uint columns, uint pass, uint simdgroup) {
-  return block * matvec_block_rows(columns) + (pass * kMatvecSimdgroups + simdgroup) * kMatvecRows;
-}
-
 // Whether inputs staged for one format serve another too.
 inline bool stay_staged(Format format, Format next, uint columns) {
   return format.bits == next.bits && columns <= kMatvecColumns;

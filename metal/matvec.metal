@@ -10,16 +10,12 @@ kernel void matvec(device const float* x [[buffer(kProductX)]],
                    uint lane [[thread_index_in_simdgroup]]) {
   STAGED_INPUTS;
   const Product product = select_product(args, group.x, PRODUCTS);
-  device const float* input = x + ulong(group.y) * args.columns;
-  const Format format = first_format();
-  for (uint pass = 0; pass < kMatvecPasses; ++pass) {
-    const uint first = first_row(product.block, args.columns, pass, simdgroup);
-    const bool ready = pass > 0 && stay_staged(format, format, args.columns);
-    const float sum = multiply_rows(format, product.w, first, product.rows, args.columns, input,
-                                    ready, thread_index, lane, staged, sums);
-    const uint row = first + lane / 8;
-    if (lane % 8 != 0 || row >= product.rows) continue;
-    device float* out = product.out + ulong(group.y) * product.rows + row;
-    *out = product.add ? *out + sum : sum;
-  }
+  const uint first = product.block * matvec_block_rows(args.columns) + simdgroup * kMatvecRows;
+  const float sum =
+      multiply_rows(first_format(), product.w, first, product.rows, args.columns,
+                    x + ulong(group.y) * args.columns, false, thread_index, lane, staged, sums);
+  const uint row = first + lane / 8;
+  if (lane % 8 != 0 || row >= product.rows) return;
+  device float* out = product.out + ulong(group.y) * product.rows + row;
+  *out = product.add ? *out + sum : sum;
 }

@@ -43,7 +43,7 @@ K, S = _parse(_HEADER.read_text())
 def matvec_block_rows(columns: int) -> int:
     """As in arguments.h."""
     del columns
-    return K["kMatvecRows"] * K["kMatvecSimdgroups"] * K["kMatvecPasses"]
+    return K["kMatvecRows"] * K["kMatvecSimdgroups"]
 
 
 def ceil_div(a: int, b: int) -> int:

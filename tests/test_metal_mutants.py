@@ -65,7 +65,20 @@ def _experts(run: Run) -> None:
 
 EXECUTED = [
     Mutant("no barrier in the sum of a threadgroup", "common.h", f"  {_BARRIER}\n", "", _norm),
-    Mutant("no barrier before splits are added", "matvec.metal", f"  {_BARRIER}\n", "", _matvec),
+    Mutant(
+        "no barrier between staging inputs and using them",
+        "matvec.h",
+        f"      {_BARRIER}\n    }}\n",
+        "    }\n",
+        _matvec,
+    ),
+    Mutant(
+        "inputs staged while others still use the last",
+        "matvec.h",
+        f"      {_BARRIER}\n      stage(",
+        "      stage(",
+        lambda run: kernels.test_long_rows_are_shared_by_simdgroups(run, "matvec", 9216),
+    ),
     Mutant(
         "no barrier between filling a tile and reading it",
         "tiles.h",
@@ -125,10 +138,10 @@ EXECUTED = [
     Mutant(
         "a return before a barrier",
         "matvec.metal",
-        f"  {_BARRIER}",
-        f"  if (first + place.first_row >= product.rows) return;\n  {_BARRIER}",
+        "  const float sum =",
+        "  if (first >= product.rows) return;\n  const float sum =",
         _matvec,
-        "threadgroup_barrier",
+        "not reached|threadgroup_barrier",
     ),
     Mutant(
         "a simdgroup's sum that half of its lanes reach",
@@ -165,8 +178,8 @@ EXECUTED = [
     Mutant(
         "wide loads off by a word",
         "matvec.h",
-        "const uint4 words = *(device const uint4*)w;",
-        "const uint4 words = *(device const uint4*)(w + 4);",
+        "((device const uint4*)w.weight)[",
+        "((device const uint4*)(w.weight + 4))[",
         _matvec,
         "misaligned",
     ),
@@ -196,10 +209,9 @@ EXECUTED = [
     Mutant(
         "up in the format of gate",
         "experts.metal",
-        "second_format()",
-        "first_format()",
+        "up = multiply_rows(second_format()",
+        "up = multiply_rows(first_format()",
         lambda run: kernels.test_gate_and_up_of_different_formats(run, False),
-        count=2,
     ),
     Mutant(
         "every pair's output in the row of the first",

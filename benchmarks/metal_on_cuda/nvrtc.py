@@ -81,7 +81,7 @@ def _entry(kernel: str) -> str:
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
     folders = [Path(p) for p in [*site.getsitepackages(), *sys.path] if p]
     places = [f / "nvidia" for f in folders] + [Path("/usr/local/cuda/lib64")]
     for folder in places:
@@ -94,7 +94,7 @@ def _library() -> ctypes.CDLL:
 @functools.cache
 def compile_source(source: str, architecture: str, options: tuple[str, ...] = ()) -> bytes:
     """The cubin of CUDA source text. Raises RuntimeError with the compiler's log."""
-    nvrtc = _library()
+    nvrtc = library()
     program = ctypes.c_void_p()
     nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"source.cu", 0, None, None)
     every = [f"--gpu-architecture={architecture}", "--std=c++17", "-lineinfo", *options]
