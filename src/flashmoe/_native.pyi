@@ -1,7 +1,7 @@
 """The native core: what Python hands over, and what it gets back."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -69,10 +69,26 @@ class Engine:
     @property
     def backend(self) -> str: ...
     def new_state(self) -> State: ...
+    @overload
     def forward(
-        self, state: State, ids: npt.NDArray[np.int32], all_logits: bool = False
-    ) -> npt.NDArray[np.float32]:
+        self,
+        state: State,
+        ids: npt.NDArray[np.int32],
+        all_logits: bool = False,
+        routing: Literal[False] = False,
+    ) -> npt.NDArray[np.float32]: ...
+    @overload
+    def forward(
+        self,
+        state: State,
+        ids: npt.NDArray[np.int32],
+        all_logits: bool = False,
+        *,
+        routing: Literal[True],
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]:
         """Appends ids to state; float32 logits [vocab] of the last one, or [len(ids), vocab].
+
+        With routing, also int32 [len(ids), layers, top_k]: each token's experts, likeliest first.
 
         ids go through in chunks of `chunk`. After an exception (ReadError, CheckpointError,
         StateError, DeviceError, KeyboardInterrupt) state is as it was before the chunk that failed.

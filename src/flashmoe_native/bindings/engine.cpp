@@ -222,7 +222,8 @@ void restore_state(PyState& self, int64_t position, const nb::dict& tensors) {
   self.state = std::move(fresh.state);
 }
 
-nb::object forward(Engine& engine, PyState& state, const Ids& ids, bool all_logits) {
+// float32 logits, or with `routing` a tuple of them and int32 [len(ids), layers, top_k].
+nb::object forward(Engine& engine, PyState& state, const Ids& ids, bool all_logits, bool routing) {
   const auto vocab = static_cast<size_t>(engine.config().vocab);
   require(ids.shape(0) > 0, "forward: ids is empty");
   require(&state.engine == &engine, "forward: the state belongs to another model");
@@ -234,12 +235,21 @@ nb::object forward(Engine& engine, PyState& state, const Ids& ids, bool all_logi
   const std::vector<size_t> shape =
       all_logits ? std::vector<size_t>{ids.shape(0), vocab} : std::vector<size_t>{vocab};
   nb::object logits = new_array(shape, "float32");
-  auto* to = reinterpret_cast<float*>(data_of(logits));
+  Output out{.logits = reinterpret_cast<float*>(data_of(logits)), .all_logits = all_logits};
+  nb::object experts;
+  if (routing) {
+    experts = new_array({ids.shape(0), static_cast<size_t>(engine.config().layers()),
+                         static_cast<size_t>(engine.config().top_k)},
+                        "int32");
+    out.routing = reinterpret_cast<int32_t*>(data_of(experts));
+  }
   const std::span<const int32_t> tokens(ids.data(), ids.shape(0));
-  nb::gil_scoped_release release;
-  const Engine::Use use(engine);
-  engine.forward(state.state, tokens, all_logits, to, SignalCheck());
-  return logits;
+  {
+    nb::gil_scoped_release release;
+    const Engine::Use use(engine);
+    engine.forward(state.state, tokens, out, SignalCheck());
+  }
+  return routing ? nb::make_tuple(logits, experts) : logits;
 }
 
 nb::dict statistics(const Engine& engine) {
@@ -366,7 +376,8 @@ void bind_engine(nb::module_& m) {
             return new PyState{self, self.new_state()};
           },
           nb::rv_policy::take_ownership, nb::keep_alive<0, 1>())
-      .def("forward", forward, "state"_a, "ids"_a, "all_logits"_a = false)
+      .def("forward", forward, "state"_a, "ids"_a, "all_logits"_a = false,
+           "routing"_a = false)
       .def("stats", statistics)
       .def("layer_times", layer_times)
       .def("close", [](Engine& self) {

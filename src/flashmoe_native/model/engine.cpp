@@ -79,7 +79,7 @@ State Engine::new_state() {
   return State(*backend_, config_, exact ? DType::F32 : DType::BF16);
 }
 
-void Engine::forward(State& state, std::span<const int32_t> ids, bool all_logits, float* logits,
+void Engine::forward(State& state, std::span<const int32_t> ids, const Output& out,
                      const std::function<void()>& check) {
   require_open();
   const auto start = std::chrono::steady_clock::now();
@@ -87,9 +87,14 @@ void Engine::forward(State& state, std::span<const int32_t> ids, bool all_logits
   for (size_t begin = 0; begin < ids.size(); begin += chunk) {
     const auto part = ids.subspan(begin, std::min(chunk, ids.size() - begin));
     const bool last = begin + part.size() == ids.size();
-    float* to = all_logits ? logits + begin * static_cast<size_t>(config_.vocab)
-                           : (last ? logits : nullptr);
-    forward_->run(state, part, all_logits, to, check);
+    Output of_part = out;
+    if (out.all_logits) {
+      of_part.logits += begin * static_cast<size_t>(config_.vocab);
+    } else if (!last) {
+      of_part.logits = nullptr;
+    }
+    if (out.routing) of_part.routing += begin * config_.layers() * config_.top_k;
+    forward_->run(state, part, of_part, check);
     tokens_ += static_cast<int64_t>(part.size());
   }
   forward_seconds_ +=

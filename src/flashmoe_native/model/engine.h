@@ -61,10 +61,10 @@ class Engine {
   };
 
   State new_state();
-  // Appends ids to state, a chunk at a time. `logits` receives [vocab] of the last id, or
-  // [ids.size(), vocab] if `all_logits`. After an exception state is as it was before the chunk
-  // that failed. Throws ReadError, CheckpointError, StateError and what `check` throws.
-  void forward(State& state, std::span<const int32_t> ids, bool all_logits, float* logits,
+  // Appends ids to state, a chunk at a time; `out` is that of all ids. After an exception state is
+  // as it was before the chunk that failed. Throws ReadError, CheckpointError, StateError and what
+  // `check` throws.
+  void forward(State& state, std::span<const int32_t> ids, const Output& out,
                const std::function<void()>& check);
   Statistics statistics() const;
   // Frees weights and slots; forward() and new_state() then throw StateError.

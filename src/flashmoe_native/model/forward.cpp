@@ -72,7 +72,7 @@ float* Forward::floats(size_t count) {
   return reinterpret_cast<float*>(buffers_.back().get());
 }
 
-void Forward::run(State& state, std::span<const int32_t> ids, bool all_logits, float* logits,
+void Forward::run(State& state, std::span<const int32_t> ids, const Output& out,
                   const std::function<void()>& check) {
   const int n = static_cast<int>(ids.size());
   state.reserve(state.position() + n);
@@ -89,14 +89,14 @@ void Forward::run(State& state, std::span<const int32_t> ids, bool all_logits, f
         linear_attention(layer, n, state);
       }
       watch.lap(layer_times_[layer].mixer);
-      mixture_of_experts(layer, n, check);
+      mixture_of_experts(layer, n, out.routing, check);
     }
     backend_.finish();
     check_finite(config_.layers(), n);
     store_.release();
     store_.age(n);
     Stopwatch watch;
-    if (logits) head(n, all_logits, logits);
+    if (out.logits) head(n, out.all_logits, out.logits);
     watch.lap(head_seconds_);
   } catch (...) {
     store_.cancel();
@@ -169,7 +169,8 @@ void Forward::full_attention(int layer, int n, State& state) {
   backend_.matmul(n, mixed_, output);
 }
 
-void Forward::mixture_of_experts(int layer, int n, const std::function<void()>& check) {
+void Forward::mixture_of_experts(int layer, int n, int32_t* routing,
+                                 const std::function<void()>& check) {
   const LayerWeights& w = weights_.layers[layer];
   LayerTimes& times = layer_times_[layer];
   Stopwatch watch;
@@ -180,6 +181,7 @@ void Forward::mixture_of_experts(int layer, int n, const std::function<void()>& 
                  expert_weights_);
   backend_.finish();
   check_finite(layer, n);
+  if (routing) copy_routing(layer, n, routing);
   watch.lap(times.router);
   group_by_expert(n);
   store_.release();
@@ -242,6 +244,13 @@ void Forward::group_by_expert(int n) {
   }
   std::move_backward(first_.begin(), first_.end() - 1, first_.end());
   first_[0] = 0;
+}
+
+void Forward::copy_routing(int layer, int n, int32_t* routing) const {
+  for (int token = 0; token < n; ++token) {
+    std::copy_n(ids_ + size(token, config_.top_k), config_.top_k,
+                routing + (size(token, config_.layers()) + layer) * config_.top_k);
+  }
 }
 
 ExpertCall Forward::call_of(const ExpertStore::Arrived& expert) const {

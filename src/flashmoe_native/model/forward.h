@@ -25,6 +25,13 @@ struct LayerTimes {
   double combine = 0;
 };
 
+// What a forward pass of n tokens gives; null asks for nothing.
+struct Output {
+  float* logits = nullptr;  // [vocab] of the last token, or [n, vocab] if `all_logits`
+  bool all_logits = false;
+  int32_t* routing = nullptr;  // [n, layers, top_k]: each token's experts, the likeliest first
+};
+
 class Forward {
  public:
   // Tokens go through in chunks of at most `chunk`, which bounds the memory for activations; a
@@ -32,11 +39,10 @@ class Forward {
   Forward(Backend& backend, const ModelConfig& config, const Weights& weights, ExpertStore& store,
           int chunk);
 
-  // Takes `ids` in, at most `chunk` of them. `logits` receives [vocab] of the last one, or
-  // [ids.size(), vocab] if `all_logits`; null asks for none. `check` is called at least once a
-  // layer and may throw; after any exception `state` is as it was. Throws ReadError,
+  // Takes `ids` in, at most `chunk` of them. `out` says what is wanted. `check` is called at least
+  // once a layer and may throw; after any exception `state` is as it was. Throws ReadError,
   // CheckpointError.
-  void run(State& state, std::span<const int32_t> ids, bool all_logits, float* logits,
+  void run(State& state, std::span<const int32_t> ids, const Output& out,
            const std::function<void()>& check);
 
   int chunk() const { return chunk_; }
@@ -49,8 +55,9 @@ class Forward {
   float* floats(size_t count);
   void linear_attention(int layer, int n, const State& state);
   void full_attention(int layer, int n, State& state);
-  void mixture_of_experts(int layer, int n, const std::function<void()>& check);
+  void mixture_of_experts(int layer, int n, int32_t* routing, const std::function<void()>& check);
   void group_by_expert(int n);
+  void copy_routing(int layer, int n, int32_t* routing) const;
   ExpertCall call_of(const ExpertStore::Arrived& expert) const;
   void check_finite(int layer, int n) const;
   void head(int n, bool all_logits, float* logits);
