@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,7 @@ KERNELS = Path(__file__).parent / "metal"
 """Where an installed flashmoe has the sources of its GPU kernels."""
 BACKENDS = ("auto", "cpu", "metal")
 Progress = Callable[[int, int], None]
+_Number = TypeVar("_Number", bound=np.generic)
 
 
 @dataclass(frozen=True)
@@ -317,6 +318,28 @@ class Model:
         Raises:
             ArgumentError, StateError, ReadError: as `generate`.
         """
+        return self._whole(
+            ids, lambda native, array: self._engine.forward(native, array, all_logits=True)
+        )
+
+    def routing(self, ids: Sequence[int]) -> npt.NDArray[np.int32]:
+        """The experts that compute each of the ids: int32 [len(ids), layers, experts_per_token].
+
+        A token's experts in a layer are in the order of the router's probabilities, largest first.
+
+        Raises:
+            ArgumentError, StateError, ReadError: as `generate`.
+        """
+        return self._whole(
+            ids, lambda native, array: self._engine.forward(native, array, routing=True)[1]
+        )
+
+    def _whole(
+        self,
+        ids: Sequence[int],
+        compute: Callable[[_native.State, npt.NDArray[np.int32]], npt.NDArray[_Number]],
+    ) -> npt.NDArray[_Number]:
+        """What `compute` makes of a text that is read at once, from an empty state."""
         ids = self._encode(ids)
         if not ids:
             raise ArgumentError("ids are empty; give at least one token")
@@ -327,7 +350,7 @@ class Model:
             self._check_open()
             self._meter = meter = Meter(self._engine.stats())
             start = time.perf_counter()
-            out = self._engine.forward(state._native, np.array(ids, np.int32), all_logits=True)
+            out = compute(state._native, np.array(ids, np.int32))
             meter.prompt_tokens, meter.prefill_seconds = len(ids), time.perf_counter() - start
         return out
 

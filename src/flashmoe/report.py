@@ -144,3 +144,41 @@ def _decode_lines(decode: dict[str, Any]) -> list[str]:
             "the disk gives"
         )
     return lines
+
+
+def eval_lines(result: dict[str, Any]) -> list[str]:
+    """What `flashmoe eval` shows."""
+    lines = []
+    for role in ("model", "reference"):
+        if setting := result.get(role):
+            lines.append(
+                f"{role:9}  {setting['source']}: {setting['experts_per_token']} experts per token, "
+                f"{setting['precision']}"
+            )
+    names = {
+        "bits_per_byte": ("bits per byte", ".4f", ""),
+        "perplexity": ("perplexity", ".3f", ""),
+        "kl": ("KL from reference", ".3g", " nats a token"),
+        "agreement": ("same likeliest", ".1%", ""),
+        "json_valid": ("JSON valid", ".1%", ""),
+        "json_schema": ("follows schema", ".1%", ""),
+        "json_value": ("has the values", ".1%", ""),
+        "call_well_formed": ("call well formed", ".1%", ""),
+        "call_tool": ("right tool", ".1%", ""),
+        "call_right": ("arguments too", ".1%", ""),
+    }
+    for part in ("text", "prompts"):
+        if part not in result:
+            continue
+        found = result[part]
+        size_of = (
+            f"{found['count']} prompts"
+            if part == "prompts"
+            else (f"{found['tokens']} tokens, {found['bytes']} bytes")
+        )
+        lines += ["", f"{found['file']}: {size_of}"]
+        for name, (label, form, unit) in names.items():
+            if name in found:
+                value, low, high = (format(found[name][k], form) for k in ("value", "low", "high"))
+                lines.append(f"  {label:17}  {value}{unit}  ({low} to {high})")
+    return lines

@@ -65,10 +65,11 @@ def fetch(source: Source, work: Path) -> Path:
     archives.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(folder.name + ".partial")  # stopped half-way, it is made anew
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    print(f"fetching {source.package}", flush=True)
     if source.registry == "npm":
         command = ["npm", "pack", "--silent", source.package]
         name = subprocess.run(command, cwd=archives, capture_output=True, text=True, check=True)
+        partial.mkdir(parents=True)
         with tarfile.open(archives / name.stdout.strip().splitlines()[-1]) as tar:
             tar.extractall(partial, filter="data")
     else:
@@ -83,6 +84,7 @@ def unpack_deb(package: str, archives: Path, folder: Path) -> None:
         command = ["apt-get", "download", "-q", "-o", "APT::Sandbox::User=root", package]
         subprocess.run(command, cwd=archives, check=True, stdout=subprocess.DEVNULL)
     (deb,) = archives.glob(f"{package}_*.deb")
+    folder.mkdir(parents=True, exist_ok=True)
     subprocess.run(["dpkg", "-x", str(deb), str(folder)], check=True)
 
 
@@ -187,11 +189,8 @@ def main(work: Path) -> None:
     missing = [name for name in ("apt-get", "dpkg", "npm", "bible") if not shutil.which(name)]
     if missing:
         raise SystemExit(f"not installed here: {', '.join(missing)}; see the top of corpus.py")
-    folders = []
-    for i, source in enumerate(SOURCES, 1):
-        print(f"\r{i} of {len(SOURCES)} packages: {source.package:28}", end="", flush=True)
-        folders.append(fetch(source, work))
-    print("\nreading", flush=True)
+    folders = [fetch(source, work) for source in SOURCES]
+    print("reading", flush=True)
     with multiprocessing.Pool(2) as pool:
         read = pool.starmap(read_source, zip(SOURCES, folders, strict=True), chunksize=1)
     documents = [

@@ -53,7 +53,6 @@ MANUALS = [
     Source("gimp-help-en", files=r"/en/.*\.html$"),
     Source("gnome-user-docs", "mallard", r"/help/C/.*\.page$"),
     Source("gnome-devel-docs", "mallard", r"/help/C/.*\.page$"),
-    Source("gnucash-docs", files=r"/C/.*\.html$"),
     Source("linux-doc-6.1", files=r"/html/(?!translations).*\.html$", limit_mb=20),
     Source(
         "rust-doc",
@@ -65,7 +64,6 @@ MANUALS = [
     Source("python3.11-doc", limit_mb=12),
     Source("perl-doc", "pod", r"\.pod$", limit_mb=12),
     Source("apache2-doc", files=r"/en/.*\.html$|\.html\.en$|\.html$"),
-    Source("kicad-doc-en"),
     Source("erlang-doc", files=r"/(system|doc|users_guide|guide)[^/]*/.*\.html$"),
     Source("guile-3.0-doc", "info", r"\.info[^/]*\.gz$"),
     Source("lyx-common", "lyx", r"/doc/[A-Z][A-Za-z]*\.lyx$"),
@@ -81,7 +79,7 @@ MANUALS = [
         png-definitive-guide postfix-doc postgis-doc python-django-doc python-pandas-doc
         python-scipy-doc python-sqlalchemy-doc python-sympy-doc r-doc-html
         rsyslog-doc scons-doc slurm-wlm-doc solfege-doc sphinx-doc sqlite3-doc swi-prolog-doc
-        tcl8.6-doc tomcat10-docs varnish-doc vim-doc xen-doc zsh-doc
+        tomcat10-docs varnish-doc vim-doc xen-doc zsh-doc
         """.split()
     ),
 ]
