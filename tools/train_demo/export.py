@@ -1,8 +1,9 @@
 """Make the checkpoints from what train.py left: bf16 in the Hugging Face layout, and MLX 4-bit.
 
-    python export.py STATE TOKENIZER OUT
+    python export.py TOKENIZER OUT STATE/246=0.2 STATE/553=0.4 STATE/810=0.4
 
-writes OUT/bf16 and OUT/mlx-4bit. The second is what the package ships; its quantiser is mlx-lm's.
+averages snapshots with these shares (one snapshot and no share is taken as it is), and writes
+OUT/bf16 and OUT/mlx-4bit. The second is what the package ships; its quantiser is mlx-lm's.
 """
 
 from __future__ import annotations
@@ -21,15 +22,18 @@ from transformers import Qwen3_5MoeForCausalLM
 EXTRA = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 
-def read_state(state: Path) -> dict[str, torch.Tensor]:
-    weights: dict[str, torch.Tensor] = {}
-    for shard in sorted(state.glob("weights-*.safetensors")):
-        weights |= load_file(shard)
-    return weights
+def average(snapshots: list[str]) -> dict[str, torch.Tensor]:
+    """The weights of "FOLDER=SHARE" each, averaged in float32 and rounded to bf16."""
+    total: dict[str, torch.Tensor] = {}
+    for snapshot in snapshots:
+        folder, _, share = snapshot.partition("=")
+        for shard in sorted(Path(folder).glob("weights-*.safetensors")):
+            for name, tensor in load_file(shard).items():
+                total[name] = total.get(name, 0) + float(share or 1) * tensor.float()
+    return {name: tensor.to(torch.bfloat16) for name, tensor in total.items()}
 
 
-def export_bf16(state: Path, tokenizer: Path, out: Path) -> None:
-    weights = read_state(state)
+def export_bf16(weights: dict[str, torch.Tensor], tokenizer: Path, out: Path) -> None:
     vocab = weights["lm_head.weight"].shape[0]
     config = model_config(vocab)
     config.use_cache = True
@@ -41,7 +45,7 @@ def export_bf16(state: Path, tokenizer: Path, out: Path) -> None:
         shutil.copy(tokenizer / name, out)
 
 
-def export_mlx(state: Path, source: Path, out: Path) -> None:
+def export_mlx(weights: dict[str, torch.Tensor], source: Path, out: Path) -> None:
     """mlx-lm reads the nested configuration and fused experts: it is given both, then quantises."""
     nested = out.with_name("nested")
     shutil.rmtree(nested, ignore_errors=True)
@@ -56,7 +60,7 @@ def export_mlx(state: Path, source: Path, out: Path) -> None:
         "tie_word_embeddings": False,
     }
     (nested / "config.json").write_text(json.dumps(config))
-    save_file(read_state(state), nested / "model.safetensors", {"format": "pt"})
+    save_file(weights, nested / "model.safetensors", {"format": "pt"})
     for name in EXTRA:
         shutil.copy(source / name, nested)
     convert(str(nested), str(out), quantize=True, q_group_size=64, q_bits=4)
@@ -68,6 +72,7 @@ def export_mlx(state: Path, source: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    state, tokenizer, out = map(Path, sys.argv[1:])
-    export_bf16(state, tokenizer, out / "bf16")
-    export_mlx(state, out / "bf16", out / "mlx-4bit")
+    tokenizer, out = map(Path, sys.argv[1:3])
+    weights = average(sys.argv[3:])
+    export_bf16(weights, tokenizer, out / "bf16")
+    export_mlx(weights, out / "bf16", out / "mlx-4bit")

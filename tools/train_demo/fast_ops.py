@@ -51,10 +51,13 @@ def chunk_gated_delta_rule(
 ) -> tuple[Tensor, None]:
     """The gated delta rule over whole sequences, without an initial state, in float32.
 
-    query, key [batch, n, heads, Dk]; value [batch, n, heads, Dv]; g, beta [batch, n, heads];
+    query, key [batch, n, key heads, Dk]; value [batch, n, heads, Dv]; g, beta [batch, n, heads];
     n a multiple of 64. Returns [batch, n, heads, Dv].
     """
-    dtype, (batch, n, heads, width) = query.dtype, query.shape
+    heads = value.shape[2]
+    # transformers up to 5.17 repeats the key heads itself, 5.23 leaves that to this function.
+    query, key = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (query, key))
+    dtype, (batch, n, _, width) = query.dtype, query.shape
     kind = torch.promote_types(torch.float32, dtype)
     with torch.autocast(query.device.type, enabled=False):
         query, key, value = (
@@ -160,7 +163,7 @@ def check() -> None:
         print(f"{name}: largest relative difference {worst:.1e}")
         assert worst < 2e-5, name
 
-    q, k, v = (torch.randn(2, 192, 3, 64) for _ in range(3))
+    q, k, v = (torch.randn(2, 192, heads, 64) for heads in (1, 1, 3))
     k[:, 50:120] = k[:, 50:51]  # a run of one token: all keys equal, the hard case
     g, beta = -torch.rand(2, 192, 3) * 0.2, torch.rand(2, 192, 3)
     original = qwen.torch_chunk_gated_delta_rule

@@ -3,9 +3,10 @@
     python train.py DATA STATE --minutes 14
 
 DATA holds what prepare.py wrote; STATE gets `state.pt` (everything a later run resumes from, once
-a minute), `log.jsonl` and the bf16 weights `weights-*.safetensors`. The schedule follows the clock,
-not the step count: constant after a warm-up, then linear to zero, over `--minutes` of training,
-whatever the machine's speed and however often the run is interrupted.
+a minute), `log.jsonl`, and once a minute a snapshot of the bf16 weights, STATE/SECONDS/weights-*,
+which export.py averages. The schedule follows the clock, not the step count: constant after a
+warm-up, then linear to zero, over `--minutes` of training, whatever the machine's speed and however
+often the run is interrupted.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
 
 SEQUENCE = 1024
 # Share of the rows of a batch that each stream of prepare.py gives.
-MIX = {"literature": 0.32, "manual": 0.42, "dialogue": 0.26}
+MIX = {"literature": 0.28, "manual": 0.48, "dialogue": 0.24}
 BALANCE = 0.01  # weight of the load-balancing loss
 
 
@@ -101,7 +102,7 @@ def watch_balance(model: Qwen3_5MoeForCausalLM) -> list[nn.Module]:
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised (Jordan 2024), at AdamW's update size (Liu et al. 2025)."""
 
-    def __init__(self, params: list[nn.Parameter], lr: float, decay: float = 0.05) -> None:
+    def __init__(self, params: list[nn.Parameter], lr: float, decay: float = 0.1) -> None:
         super().__init__(params, {"lr": lr, "decay": decay})
 
     @torch.no_grad()
@@ -254,8 +255,10 @@ class Trainer:
                 size = 0
             shards[-1][name] = tensor
             size += tensor.nbytes
+        snapshot = self.args.state / f"{self.elapsed:.0f}"
+        snapshot.mkdir(exist_ok=True)
         for i, shard in enumerate(shards):
-            save_file(shard, self.args.state / f"weights-{i}.safetensors")
+            save_file(shard, snapshot / f"weights-{i}.safetensors")
         if final:
             (self.args.state / "done").write_text(f"{self.step}\n")
 
