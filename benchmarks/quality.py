@@ -146,8 +146,8 @@ def shown(estimate: dict[str, float], form: str) -> str:
 
 def table(results: dict[tuple[str, int], dict[str, Any]]) -> str:
     lines = [
-        "| weights | experts | bits per byte | KL, nats a token | same likeliest token | JSON valid "
-        "| follows schema | right tool call |",
+        "| weights | experts | bits per byte | KL, nats a token | same likeliest token "
+        "| JSON valid | follows schema | right tool call |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for bits, label in BITS.items():
@@ -157,7 +157,7 @@ def table(results: dict[tuple[str, int], dict[str, Any]]) -> str:
             cells.append(shown(r["agreement"], ".1%"))
             for name in ("json_valid", "json_schema", "call_right"):
                 e = r[name]
-                cells.append(f"{e['value']:.0%} ({e['low']:.0%}–{e['high']:.0%})")
+                cells.append(f"{e['value']:.0%} ({e['low']:.0%} to {e['high']:.0%})")
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -171,7 +171,7 @@ def routing_table(found: dict[str, Any]) -> str:
     four, ten = found["4"], found["10"]
     for layer in range(len(four["effective"])):
         lines.append(
-            f"| {layer} | {four['effective'][layer]:.1f} | {four['busiest'][layer]:.1f}× | "
+            f"| {layer} | {four['effective'][layer]:.1f} | {four['busiest'][layer]:.1f} | "
             f"{four['overlap'][layer]:.0%} | {four['chance'][layer]:.0%} | "
             f"{ten['effective'][layer]:.1f} | {ten['overlap'][layer]:.0%} | "
             f"{ten['chance'][layer]:.0%} |"

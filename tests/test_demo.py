@@ -25,7 +25,7 @@ def ids() -> np.ndarray:
 def test_it_predicts_text_better_than_compressing_it_does() -> None:
     with flashmoe.Model("demo", experts_per_token=None) as model:
         score = score_text(model, read_text(HELDOUT, 20_000))
-    # xz -9e with the training text before it needs 1.97 (tools/train_demo/xz_bound.py).
+    # xz -9e with the training text before it needs 1.97 (tools/train_demo/bounds.py).
     assert score.bits_per_byte.high < 1.5
 
 
