@@ -376,8 +376,7 @@ void bind_engine(nb::module_& m) {
             return new PyState{self, self.new_state()};
           },
           nb::rv_policy::take_ownership, nb::keep_alive<0, 1>())
-      .def("forward", forward, "state"_a, "ids"_a, "all_logits"_a = false,
-           "routing"_a = false)
+      .def("forward", forward, "state"_a, "ids"_a, "all_logits"_a = false, "routing"_a = false)
       .def("stats", statistics)
       .def("layer_times", layer_times)
       .def("close", [](Engine& self) {
