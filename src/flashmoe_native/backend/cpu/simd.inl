@@ -67,7 +67,7 @@ FLASHMOE_INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
   return reinterpret_cast<Floats>(_mm512_fmadd_ps(a, b, c));
 #elif defined(__FMA__)
   return reinterpret_cast<Floats>(_mm256_fmadd_ps(a, b, c));
-#elif defined(__aarch64__)
+#elif defined(FLASHMOE_NEON)
   return vfmaq_f32(c, a, b);
 #else
   return a * b + c;
