@@ -14,8 +14,9 @@ enum class Precision { kFloat32, kInt8 };
 // bits per group; kFloat32 keeps them.
 std::unique_ptr<Backend> make_cpu_backend(Precision precision, int threads);
 
-// The kernels that make_cpu_backend picks on this machine: "portable", "avx2", "avx512", "neon".
-// The environment variable FLASHMOE_ISA overrides the choice (an unknown or absent one throws).
+// The kernels that make_cpu_backend picks on this machine: "portable", "avx2", "avx512", "neon",
+// "neon-dotprod", "neon-i8mm". The environment variable FLASHMOE_ISA overrides the choice (an
+// unknown or absent one throws).
 std::string cpu_kernels();
 
 }  // namespace flashmoe

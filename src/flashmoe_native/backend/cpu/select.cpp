@@ -4,12 +4,50 @@
 #include "backend/cpu/cpu_backend.h"
 #include "backend/cpu/kernels.h"
 
+#ifdef __aarch64__
+#ifdef __APPLE__
+#include <sys/sysctl.h>
+#else
+#include <sys/auxv.h>
+#endif
+#endif
+
 namespace flashmoe {
 
 const Kernels* portable_kernels();
 #ifdef __x86_64__
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
+#elif defined(__aarch64__)
+const Kernels* neon_kernels();
+const Kernels* neon_dotprod_kernels();
+const Kernels* neon_i8mm_kernels();
+
+namespace {
+
+#ifdef __APPLE__
+bool has(const char* feature) {
+  int value = 0;
+  size_t size = sizeof value;
+  return ::sysctlbyname(feature, &value, &size, nullptr, 0) == 0 && value != 0;
+}
+bool has_dotprod() {
+  return has("hw.optional.arm.FEAT_DotProd");
+}
+bool has_i8mm() {
+  return has("hw.optional.arm.FEAT_I8MM");
+}
+#else
+// Bits of Linux's arch/arm64/include/uapi/asm/hwcap.h.
+bool has_dotprod() {
+  return (::getauxval(AT_HWCAP) >> 20 & 1) != 0;
+}
+bool has_i8mm() {
+  return (::getauxval(AT_HWCAP2) >> 13 & 1) != 0;
+}
+#endif
+
+}  // namespace
 #endif
 
 std::vector<const Kernels*> available_kernels() {
@@ -22,6 +60,12 @@ std::vector<const Kernels*> available_kernels() {
         __builtin_cpu_supports("avx512vnni")) {
       found.push_back(avx512_kernels());
     }
+  }
+#elif defined(__aarch64__)
+  found.push_back(neon_kernels());
+  if (has_dotprod()) {
+    found.push_back(neon_dotprod_kernels());
+    if (has_i8mm()) found.push_back(neon_i8mm_kernels());
   }
 #endif
   return found;
