@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# The Python module compiled and linked for arm64, on Linux and on macOS, by zig: the same CMake
+# build, warnings included, with this machine's Python headers. Nothing is run (test_neon.py does).
+#     tests/cross.sh BUILD_DIRECTORY       needs cmake, ninja, nanobind and ziglang
+set -euo pipefail
+cd "$(dirname "$0")/.."
+mkdir -p "$1"
+build=$(cd "$1" && pwd)
+python=$(command -v python3)
+
+# The headers with the pyconfig.h that Debian keeps elsewhere. It is of another system, which shows
+# in what it says of libc; both have 64-bit pointers and longs.
+rm -rf "$build/include"
+"$python" - "$build/include" <<'EOF'
+import shutil, sys, sysconfig
+shutil.copytree(sysconfig.get_path("include"), sys.argv[1])
+shutil.copy(sysconfig.get_config_h_filename(), sys.argv[1] + "/pyconfig.h")
+EOF
+
+# CMake wants each tool to be one program.
+tool() {
+  printf '#!/usr/bin/env bash\n%s\n' "$2" >"$build/$1"
+  chmod +x "$build/$1"
+}
+tool ar "exec $python -m ziglang ar \"\$@\""
+tool ranlib "exec $python -m ziglang ranlib \"\$@\""
+
+# compile TARGET [CMake options]
+compile() {
+  local target=$1
+  # nanobind gives Apple's linker a list of Python's symbols in a form that zig's does not read.
+  tool "$target-c++" "exec $python -m ziglang c++ -target $target \
+    \"\${@/#-Wl,@*darwin-ld-cpython.sym/-Wl,-undefined,dynamic_lookup}\""
+  cmake -S . -B "$build/$target" -G Ninja -DCMAKE_BUILD_TYPE=Release \
+    -DCMAKE_CXX_COMPILER="$build/$target-c++" -DCMAKE_AR="$build/ar" \
+    -DCMAKE_RANLIB="$build/ranlib" -DPython_EXECUTABLE="$python" \
+    -DPython_INCLUDE_DIR="$build/include" "${@:2}" >"$build/$target.log"
+  cmake --build "$build/$target" -j 2
+}
+
+compile aarch64-linux-gnu -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64
+compile aarch64-macos -DCMAKE_SYSTEM_NAME=Darwin -DCMAKE_SYSTEM_PROCESSOR=arm64
