@@ -8,13 +8,14 @@ mkdir -p "$1"
 build=$(cd "$1" && pwd)
 python=$(command -v python3)
 
-# The headers with the pyconfig.h that Debian keeps elsewhere. It is of another system, which shows
-# in what it says of libc; both have 64-bit pointers and longs.
+# The headers, with pyconfig.h (which Debian keeps elsewhere) less what it asks of this system's libc.
+# All these systems have 64-bit pointers and longs.
 rm -rf "$build/include"
 "$python" - "$build/include" <<'EOF'
-import shutil, sys, sysconfig
-shutil.copytree(sysconfig.get_path("include"), sys.argv[1])
-shutil.copy(sysconfig.get_config_h_filename(), sys.argv[1] + "/pyconfig.h")
+import pathlib, re, shutil, sys, sysconfig
+include = shutil.copytree(sysconfig.get_path("include"), pathlib.Path(sys.argv[1]))
+text = pathlib.Path(sysconfig.get_config_h_filename()).read_text()
+(include / "pyconfig.h").write_text(re.sub(r"#define _(POSIX_C|XOPEN|GNU)_SOURCE.*", "", text))
 EOF
 
 # CMake wants each tool to be one program.
@@ -28,9 +29,10 @@ tool ranlib "exec $python -m ziglang ranlib \"\$@\""
 # compile TARGET [CMake options]
 compile() {
   local target=$1
-  # nanobind gives Apple's linker a list of Python's symbols in a form that zig's does not read.
-  tool "$target-c++" "exec $python -m ziglang c++ -target $target \
-    \"\${@/#-Wl,@*darwin-ld-cpython.sym/-Wl,-undefined,dynamic_lookup}\""
+  # zig's linker for macOS does not read the list of Python's symbols that nanobind gives Apple's,
+  # and falls over a bundle; a dynamic library tests the same.
+  tool "$target-c++" "set -- \"\${@/#-Wl,@*darwin-ld-cpython.sym/-Wl,-undefined,dynamic_lookup}\"
+exec $python -m ziglang c++ -target $target \"\${@/#-bundle/-shared}\""
   cmake -S . -B "$build/$target" -G Ninja -DCMAKE_BUILD_TYPE=Release \
     -DCMAKE_CXX_COMPILER="$build/$target-c++" -DCMAKE_AR="$build/ar" \
     -DCMAKE_RANLIB="$build/ranlib" -DPython_EXECUTABLE="$python" \
