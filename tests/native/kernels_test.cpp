@@ -2,7 +2,7 @@
 // the portable table on the same random inputs. The tests in Python compare the tables with numpy,
 // but only on the machine that builds; this also runs cross-compiled, under an emulator.
 //
-//     kernels_test NAME...     fails unless the tables are portable and exactly those named
+//     kernels_test [NAME...]     with names, fails unless the tables are portable and those
 #include <array>
 #include <cmath>
 #include <cstdio>
@@ -255,7 +255,7 @@ int main(int count, char** arguments) {
   for (const Kernels* kernels : available_kernels()) {
     found.append(found.empty() ? "" : " ").append(kernels->name);
   }
-  if (found != expected) {
+  if (count > 1 && found != expected) {
     std::printf("tables: %s; expected: %s\n", found.c_str(), expected.c_str());
     return 1;
   }
