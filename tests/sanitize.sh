@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The native core built with AddressSanitizer and UndefinedBehaviorSanitizer, and on it: every table
-# of kernels, the tests that need neither transformers nor mlx, and those of the engine.
+# The native core built with AddressSanitizer and UndefinedBehaviorSanitizer, and on it every table of
+# kernels and the Python tests that run native code.
 #     tests/sanitize.sh BUILD_DIRECTORY       needs cmake, ninja and nanobind
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -21,9 +21,6 @@ export UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$build/site
 runtime=$(${CXX:-c++} -print-file-name=libasan.so):$(${CXX:-c++} -print-file-name=libubsan.so)
 # Python loads C++ through the module only; before that nothing tells the sanitizer how it throws.
 runtime=$runtime:$(${CXX:-c++} -print-file-name=libstdc++.so)
-sanitized() {
-  # What the interpreter leaves behind at exit is not ours to judge.
-  LD_PRELOAD=$runtime ASAN_OPTIONS=detect_leaks=0 "$python" -m pytest "$@"
-}
-sanitized -m "not reference" --ignore tests/test_neon.py
-sanitized tests/test_{determinism,read_errors,state,interface}.py
+# What the interpreter leaves behind at exit is not ours to judge.
+LD_PRELOAD=$runtime ASAN_OPTIONS=detect_leaks=0 "$python" -m pytest -k "not killed and not memory" \
+  tests/test_{ops,quantize,determinism,read_errors,state,interface,pack}.py

@@ -181,7 +181,7 @@ def test_columns_that_the_group_does_not_divide_stay_at_16_bits(
 
 
 def test_an_expert_is_one_extent_at_a_multiple_of_16_kib(source: Path, tmp_path: Path) -> None:
-    pack(source, tmp_path / "pack")
+    pack(source, tmp_path / "pack", bits=2)
     opened = Checkpoint.open(tmp_path / "pack")
     assert [file.name for file in opened.files] == [
         "layer-000.safetensors", "layer-001.safetensors", "resident.safetensors"
