@@ -29,16 +29,27 @@ tool ranlib "exec $python -m ziglang ranlib \"\$@\""
 # compile TARGET [CMake options]
 compile() {
   local target=$1
-  # zig's linker for macOS does not read the list of Python's symbols that nanobind gives Apple's,
-  # and falls over a bundle; a dynamic library tests the same.
+  # For macOS zig has neither Apple's frameworks (their headers are in tests/metal, and symbols may
+  # stay undefined, as Python's do) nor a linker that reads nanobind's list of Python's symbols or
+  # makes a bundle; a dynamic library tests the same.
   tool "$target-c++" "set -- \"\${@/#-Wl,@*darwin-ld-cpython.sym/-Wl,-undefined,dynamic_lookup}\"
-exec $python -m ziglang c++ -target $target \"\${@/#-bundle/-shared}\""
+set -- \"\${@/#-bundle/-shared}\"
+for word; do
+  shift
+  case \$previous\$word in
+    -framework*) ;;
+    *) set -- \"\$@\" \"\$word\" ;;
+  esac
+  previous=; [ \"\$word\" = -framework ] && previous=-framework
+done
+exec $python -m ziglang c++ -target $target \"\$@\""
   cmake -S . -B "$build/$target" -G Ninja -DCMAKE_BUILD_TYPE=Release \
-    -DCMAKE_CXX_COMPILER="$build/$target-c++" -DCMAKE_AR="$build/ar" \
-    -DCMAKE_RANLIB="$build/ranlib" -DPython_EXECUTABLE="$python" \
+    -DCMAKE_CXX_COMPILER="$build/$target-c++" -DCMAKE_OBJCXX_COMPILER="$build/$target-c++" \
+    -DCMAKE_AR="$build/ar" -DCMAKE_RANLIB="$build/ranlib" -DPython_EXECUTABLE="$python" \
     -DPython_INCLUDE_DIR="$build/include" "${@:2}" >"$build/$target.log"
   cmake --build "$build/$target" -j 2
 }
 
 compile aarch64-linux-gnu -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64
-compile aarch64-macos -DCMAKE_SYSTEM_NAME=Darwin -DCMAKE_SYSTEM_PROCESSOR=arm64
+compile aarch64-macos -DCMAKE_SYSTEM_NAME=Darwin -DCMAKE_SYSTEM_PROCESSOR=arm64 \
+  -DCMAKE_OBJCXX_FLAGS="-I$PWD/tests/metal/include -isystem $PWD/tests/metal/include/macos"
