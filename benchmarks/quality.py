@@ -28,7 +28,15 @@ from flashmoe.pack import pack
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests/data"
 EXPERTS = (10, 8, 6, 5, 4, 3, 2, 1)
-BITS = {"16": "16 bits", "8": "8 bits", "4": "4 bits", "2": "2 bits", "2of4": "2 bits, made from 4"}
+BITS = {
+    "16": "16 bits",
+    "8": "8 bits",
+    "4": "4 bits",
+    "2x": "experts 2 bits, rest 4",
+    "2xof4": "the same, made from 4",
+    "2": "2 bits",
+    "2of4": "2 bits, made from 4",
+}
 NBYTES = 100_000  # of the text
 PROMPTS = 40  # with a schema, and as many that want a tool call
 ANSWER = 256  # tokens; the longest right answer has fewer
@@ -36,10 +44,33 @@ ANSWER = 256  # tokens; the longest right answer has fewer
 
 def checkpoints(work: Path, bf16: Path) -> dict[str, Path]:
     """The model at each width. 4 bits is the model in the package, as mlx-lm quantised it."""
-    packs = {"8": (bf16, 8), "2": (bf16, 2), "2of4": (ROOT / "src/flashmoe/demo_model", 2)}
+    demo = ROOT / "src/flashmoe/demo_model"
+    packs = {"8": (bf16, 8), "4": (demo, 4), "2": (bf16, 2), "2of4": (demo, 2)}
     for name, (source, bits) in packs.items():
-        pack(source, work / name, bits=bits)
-    return {"16": bf16, "4": ROOT / "src/flashmoe/demo_model"} | {n: work / n for n in packs}
+        if not (work / name / "config.json").exists():
+            pack(source, work / name, bits=bits)
+    mixed = ("2x", "2xof4")
+    for name in mixed:
+        mix(work / name, experts=work / name.replace("x", ""), rest=work / "4")
+    return {name: work / name for name in (*packs, *mixed)} | {"16": bf16, "4": demo}
+
+
+def mix(out: Path, experts: Path, rest: Path) -> None:
+    """A pack with the routed experts of one pack and everything else of another, by links."""
+    out.mkdir(exist_ok=True)
+    for path in experts.iterdir():
+        source = rest / path.name if path.name == "resident.safetensors" else path
+        if path.name != "config.json" and not (out / path.name).exists():
+            (out / path.name).symlink_to(source.resolve())
+    config, other = (json.loads((p / "config.json").read_text()) for p in (experts, rest))
+    form = {key: other["quantization"][key] for key in ("group_size", "bits")}
+    files = json.loads((rest / "model.safetensors.index.json").read_text())["weight_map"]
+    for name, file in files.items():
+        module = name.removesuffix(".scales")
+        if module != name and file == "resident.safetensors":
+            config["quantization"].setdefault(module, form)
+    config["quantization_config"] = config["quantization"]
+    (out / "config.json").write_text(json.dumps(config))
 
 
 class Remembered:
@@ -147,15 +178,15 @@ def shown(estimate: dict[str, float], form: str) -> str:
 def table(results: dict[tuple[str, int], dict[str, Any]]) -> str:
     lines = [
         "| weights | experts | bits per byte | KL, nats a token | same likeliest token "
-        "| JSON valid | follows schema | right tool call |",
-        "|---|---|---|---|---|---|---|---|",
+        "| JSON valid | follows schema | has the values | right tool call |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for bits, label in BITS.items():
         for experts in EXPERTS:
             r = results[bits, experts]
             cells = [label, str(experts), shown(r["bits_per_byte"], ".3f"), shown(r["kl"], ".4f")]
             cells.append(shown(r["agreement"], ".1%"))
-            for name in ("json_valid", "json_schema", "call_right"):
+            for name in ("json_valid", "json_schema", "json_value", "call_right"):
                 e = r[name]
                 cells.append(f"{e['value']:.0%} ({e['low']:.0%} to {e['high']:.0%})")
             lines.append(f"| {' | '.join(cells)} |")
@@ -199,7 +230,7 @@ def draw(results: dict[tuple[str, int], dict[str, Any]], found: dict[str, Any]) 
             middle = np.array([r["value"] for r in rows])
             low, high = (np.array([r[end] for r in rows]) for end in ("low", "high"))
             bars = np.maximum([middle - low, high - middle], 0)
-            at = np.array(EXPERTS) + 0.06 * (i - 2)
+            at = np.array(EXPERTS) + 0.05 * (i - 3)
             axis.errorbar(at, middle, bars, marker=".", lw=1, elinewidth=0.6, label=label)
         axis.set(title=title, xlabel="experts per token")
     axes[0, 1].set_yscale("log")
