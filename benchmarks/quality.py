@@ -32,8 +32,6 @@ BITS = {
     "16": "16 bits",
     "8": "8 bits",
     "4": "4 bits",
-    "2x": "experts 2 bits, rest 4",
-    "2xof4": "the same, made from 4",
     "2": "2 bits",
     "2of4": "2 bits, made from 4",
 }
@@ -49,28 +47,7 @@ def checkpoints(work: Path, bf16: Path) -> dict[str, Path]:
     for name, (source, bits) in packs.items():
         if not (work / name / "config.json").exists():
             pack(source, work / name, bits=bits)
-    mixed = ("2x", "2xof4")
-    for name in mixed:
-        mix(work / name, experts=work / name.replace("x", ""), rest=work / "4")
-    return {name: work / name for name in (*packs, *mixed)} | {"16": bf16, "4": demo}
-
-
-def mix(out: Path, experts: Path, rest: Path) -> None:
-    """A pack with the routed experts of one pack and everything else of another, by links."""
-    out.mkdir(exist_ok=True)
-    for path in experts.iterdir():
-        source = rest / path.name if path.name == "resident.safetensors" else path
-        if path.name != "config.json" and not (out / path.name).exists():
-            (out / path.name).symlink_to(source.resolve())
-    config, other = (json.loads((p / "config.json").read_text()) for p in (experts, rest))
-    form = {key: other["quantization"][key] for key in ("group_size", "bits")}
-    files = json.loads((rest / "model.safetensors.index.json").read_text())["weight_map"]
-    for name, file in files.items():
-        module = name.removesuffix(".scales")
-        if module != name and file == "resident.safetensors":
-            config["quantization"].setdefault(module, form)
-    config["quantization_config"] = config["quantization"]
-    (out / "config.json").write_text(json.dumps(config))
+    return {name: work / name for name in packs} | {"16": bf16, "4": demo}
 
 
 class Remembered:
