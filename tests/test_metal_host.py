@@ -318,7 +318,9 @@ def test_half_precision_caches_cost_little(simulator: Simulator) -> None:
     ids = random_ids(6000, 40)
     directory = demo(simulator)
     ours = simulator.logits(directory, ids, one_by_one=2, precision="int8")
-    assert 1e-4 < spread(ours, cpu_logits(directory, ids)) < 0.1
+    exact = cpu_logits(directory, ids)
+    # On average, for a router's near ties may fall the other way.
+    assert 1e-4 < np.sqrt(np.mean((ours - exact) ** 2)) / exact.std() < 0.03
 
 
 # ---- what the checks above are worth
