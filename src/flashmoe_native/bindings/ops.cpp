@@ -7,7 +7,6 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
-#include <cstring>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -17,7 +16,6 @@
 #include "backend/cpu/cpu_backend.h"
 #include "backend/cpu/kernels.h"
 #include "bindings/bindings.h"
-#include "core/thread_pool.h"
 
 namespace nb = nanobind;
 
@@ -329,30 +327,6 @@ class Ops {
   std::unique_ptr<Backend> backend_;
 };
 
-// Reads every byte of an array by `threads` threads: the memory bandwidth that kernels are judged
-// by.
-uint64_t read_memory(const Bytes& array, int threads) {
-  ThreadPool pool(threads);
-  constexpr size_t kPiece = size_t{1} << 20;
-  const auto* bytes = static_cast<const std::byte*>(array.data());
-  const size_t pieces = array.nbytes() / kPiece;
-  std::vector<uint64_t> sums(pieces);
-  nb::gil_scoped_release release;
-  pool.parallel_for(static_cast<int>(pieces), [&](int piece, int) {
-    uint64_t lanes[8] = {};
-    const std::byte* from = bytes + static_cast<size_t>(piece) * kPiece;
-    for (size_t at = 0; at < kPiece; at += sizeof lanes) {
-      uint64_t words[8];
-      std::memcpy(words, from + at, sizeof words);
-      for (int i = 0; i < 8; ++i) lanes[i] ^= words[i];
-    }
-    for (const uint64_t lane : lanes) sums[static_cast<size_t>(piece)] ^= lane;
-  });
-  uint64_t total = 0;
-  for (const uint64_t sum : sums) total ^= sum;
-  return total;
-}
-
 }  // namespace
 
 void bind_ops(nb::module_& m) {
@@ -362,7 +336,6 @@ void bind_ops(nb::module_& m) {
     for (const Kernels* kernels : available_kernels()) names.push_back(kernels->name);
     return names;
   });
-  ops.def("read_memory", &read_memory, nb::arg("array"), nb::arg("threads"));
   nb::class_<OwnedMatrix>(ops, "Matrix")
       .def(nb::init<int, int, const std::string&, std::vector<Bytes>, int, int>(), nb::arg("rows"),
            nb::arg("cols"), nb::arg("dtype"), nb::arg("parts"), nb::arg("bits") = 0,

@@ -1,0 +1,99 @@
+// ThreadPool: every task runs once, on a thread of its own at a time; exceptions come back.
+#include "core/thread_pool.h"
+
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+using flashmoe::ThreadPool;
+
+namespace {
+
+void expect(bool holds, const char* what) {
+  if (holds) return;
+  std::printf("failed: %s\n", what);
+  std::exit(1);
+}
+
+// Plain counters on purpose: a task that ran twice, or a thread index that two threads had at once,
+// is a data race for ThreadSanitizer.
+void run_loops(ThreadPool& pool, int loops) {
+  std::vector<int> by_thread(static_cast<size_t>(pool.threads()));
+  for (int loop = 0; loop < loops; ++loop) {
+    const int tasks = loop * 7 % 40;
+    std::vector<int> done(static_cast<size_t>(tasks));
+    pool.parallel_for(tasks, [&](int task, int thread) {
+      expect(0 <= thread && thread < pool.threads(), "thread is an index");
+      ++done[static_cast<size_t>(task)];
+      ++by_thread[static_cast<size_t>(thread)];
+    });
+    for (const int count : done) expect(count == 1, "each task runs once, before the loop returns");
+  }
+}
+
+void every_task_runs_once() {
+  for (const int threads : {1, 2, 3, 8}) {
+    ThreadPool pool(threads);
+    expect(pool.threads() == threads, "threads counts the caller");
+    run_loops(pool, 3000);
+  }
+}
+
+void workers_that_slept_come_back() {
+  ThreadPool pool(3);
+  for (int i = 0; i < 20; ++i) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    run_loops(pool, 2);
+  }
+}
+
+void pools_do_not_disturb_each_other() {
+  std::thread other([] {
+    ThreadPool pool(2);
+    run_loops(pool, 2000);
+  });
+  ThreadPool pool(2);
+  run_loops(pool, 2000);
+  other.join();
+}
+
+void the_first_exception_comes_back_and_the_pool_goes_on() {
+  for (const int threads : {1, 4}) {
+    ThreadPool pool(threads);
+    for (int i = 0; i < 200; ++i) {
+      bool caught = false;
+      std::atomic<int> begun = 0;
+      try {
+        pool.parallel_for(10000, [&](int task, int) {
+          ++begun;
+          if (task == 5) throw std::runtime_error("task 5");
+        });
+      } catch (const std::runtime_error& error) {
+        caught = std::string(error.what()) == "task 5";
+      }
+      expect(caught, "an exception reaches the caller");
+      expect(begun < 10000, "tasks not yet begun are left out");
+    }
+    run_loops(pool, 10);
+  }
+}
+
+void pools_come_and_go() {
+  for (int i = 0; i < 200; ++i) {
+    ThreadPool pool(3);
+    if (i % 2) run_loops(pool, 1);
+  }
+}
+
+}  // namespace
+
+int main() {
+  every_task_runs_once();
+  workers_that_slept_come_back();
+  pools_do_not_disturb_each_other();
+  the_first_exception_comes_back_and_the_pool_goes_on();
+  pools_come_and_go();
+}
