@@ -9,7 +9,7 @@ give the weights that they stand for the standard deviation wanted.
 Routing is diverse on purpose. On a residual stream that random layers feed, all tokens soon look
 alike and routers pick the same few experts, which would then sit in the cache: a benchmark of
 nothing. Here what the layers write to the stream is kept small, so that each token's own embedding
-decides; `--measure` runs the result under mlx-lm and prints how tokens spread over experts.
+decides; `--measure` runs the result and prints how tokens spread over experts.
 """
 
 import json
@@ -27,6 +27,8 @@ from rich.console import Console
 from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 from rich.table import Table
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+import flashmoe
 
 Floats = npt.NDArray[np.float32]
 
@@ -428,45 +430,17 @@ class Routing:
 
 
 def measure(directory: Path, tokens: int = 512, generated: int = 64) -> list[Routing]:
-    """Per layer, under mlx-lm: random tokens as a prompt, then tokens sampled from the model."""
-    try:
-        import mlx.core as mx  # noqa: PLC0415
-        from mlx_lm.models.cache import make_prompt_cache  # noqa: PLC0415
-        from mlx_lm.utils import load_model  # noqa: PLC0415
-    except ImportError:
-        raise SystemExit("measuring needs mlx-lm: pip install 'mlx[cpu]' mlx-lm") from None
-
-    model, config = load_model(directory)
-    text = config["text_config"]
-    chosen: list[list[npt.NDArray[Any]]] = []
-
-    def record(gate: Any) -> Callable[[Any], Any]:
-        seen: list[npt.NDArray[Any]] = []
-        chosen.append(seen)
-
-        def forward(x: Any) -> Any:
-            logits = gate(x)
-            order = mx.argsort(-logits, axis=-1)[..., : text["num_experts_per_tok"]]
-            seen.append(np.array(order).reshape(-1))
-            return logits
-
-        return forward
-
-    for layer in model.layers:
-        layer.mlp.gate = record(layer.mlp.gate)
-    mx.random.seed(0)
-    ids = np.random.default_rng(0).integers(0, text["vocab_size"], tokens)
-    cache, step = make_prompt_cache(model), mx.array(ids)[None]
-    for _ in range(generated + 1):
-        logits = model(step, cache=cache)[:, -1]
-        step = mx.random.categorical(logits.astype(mx.float32))[:, None]
-
+    """Per layer: random tokens as a prompt, then tokens sampled from the model."""
+    with flashmoe.Model(directory, experts_per_token=None) as model:
+        prompt = np.random.default_rng(0).integers(0, model.config.vocab_size, tokens).tolist()
+        sampled = model.generate(prompt, max_tokens=generated, temperature=1, seed=0)
+        routes = model.routing([*prompt, *(token.id for token in sampled)])
     result = []
-    for seen in chosen:
-        counts = np.bincount(np.concatenate(seen), minlength=text["num_experts"])
+    for layer in range(routes.shape[1]):
+        counts = np.bincount(routes[:, layer].reshape(-1))
         shares = counts[counts > 0] / counts.sum()
         effective = float(np.exp(-(shares * np.log(shares)).sum()))
-        result.append(Routing(tokens + generated, effective, counts.max() / (tokens + generated)))
+        result.append(Routing(len(routes), effective, counts.max() / len(routes)))
     return result
 
 
@@ -495,7 +469,7 @@ def main(
     group_size: Annotated[int, typer.Option(help="32, 64 or 128.")] = 64,
     seed: int = 0,
     show_routing: Annotated[
-        bool, typer.Option("--measure", help="Measure the routing with mlx-lm, which loads it all.")
+        bool, typer.Option("--measure", help="Run it and measure the routing.")
     ] = False,
 ) -> None:
     """Make a random checkpoint of real shapes, to measure speed with."""

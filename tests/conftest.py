@@ -1,10 +1,13 @@
 """Fixtures that every test may use."""
 
+import importlib.util
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from metal_simulator import Simulator, missing
@@ -35,6 +38,17 @@ def simulator(tmp_path_factory: pytest.TempPathFactory) -> Simulator:
         pytest.skip(reason)
     keep = os.environ.get("FLASHMOE_SIMULATOR")
     return Simulator(Path(keep) if keep else tmp_path_factory.mktemp("simulator"))
+
+
+@pytest.fixture(scope="session")
+def maker() -> ModuleType:
+    """benchmarks/make_checkpoint.py, which makes checkpoints without torch."""
+    path = Path(__file__).parents[1] / "benchmarks/make_checkpoint.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

@@ -1,27 +1,20 @@
 """Ctrl-C while native code computes: the pass stops in the middle, and nothing is lost."""
 
-import importlib.util
 import os
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 from engines import TestEngine, random_ids
 
-MAKER = Path(__file__).parents[1] / "benchmarks/make_checkpoint.py"
-
 
 @pytest.fixture(scope="module")
-def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def deep(maker: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of many layers, so that one pass takes long and each layer little of it."""
-    spec = importlib.util.spec_from_file_location("make_checkpoint", MAKER)
-    assert spec is not None and spec.loader is not None
-    maker = sys.modules["make_checkpoint"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(maker)
     directory = tmp_path_factory.mktemp("interrupt") / "deep"
     shape = maker.Shape(128, 48, 4, 2, 64, 64, 320, 4, 2, 64, 2, 4, 32)
     maker.make_checkpoint(directory, shape)

@@ -1,6 +1,5 @@
 """`flashmoe pack`: MLX's values, the layout promised, never a directory that opens but is wrong."""
 
-import importlib.util
 import json
 import logging
 import os
@@ -27,19 +26,6 @@ ROOT = Path(__file__).parents[1]
 PREFIX = "language_model.model."
 NUMPY = {"U32": np.uint32, "BF16": np.uint16, "F16": np.float16, "F32": np.float32}
 Get = Callable[[str], Path]
-
-
-def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="session")
-def maker() -> ModuleType:
-    return load(ROOT / "benchmarks/make_checkpoint.py")
 
 
 @pytest.fixture(scope="session")
