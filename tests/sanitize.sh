@@ -21,6 +21,7 @@ export UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$build/site
 runtime=$(${CXX:-c++} -print-file-name=libasan.so):$(${CXX:-c++} -print-file-name=libubsan.so)
 # Python loads C++ through the module only; before that nothing tells the sanitizer how it throws.
 runtime=$runtime:$(${CXX:-c++} -print-file-name=libstdc++.so)
-# What the interpreter leaves behind at exit is not ours to judge.
-LD_PRELOAD=$runtime ASAN_OPTIONS=detect_leaks=0 "$python" -m pytest -k "not killed and not memory" \
-  tests/test_{ops,quantize,determinism,read_errors,state,interface,pack}.py
+# What the interpreter leaves behind at exit is not ours to judge. Only Python's output is captured:
+# a sanitizer's last words go straight to the terminal.
+LD_PRELOAD=$runtime ASAN_OPTIONS=detect_leaks=0 "$python" -m pytest --capture=sys \
+  -k "not killed and not memory" tests/test_{ops,quantize,determinism,read_errors,state,interface,pack}.py

@@ -132,6 +132,7 @@ struct PyState {
 void copy_rows(const State& state, int layer, int kv_heads, std::byte* cache, std::byte* array,
                bool to_array) {
   const size_t used = state.row_bytes() * static_cast<size_t>(state.position());
+  if (used == 0) return;  // there may be no cache yet
   const size_t stride = state.row_bytes() * static_cast<size_t>(state.caches[layer].capacity);
   for (int head = 0; head < kv_heads; ++head) {
     std::byte* in_cache = cache + stride * head;
