@@ -42,6 +42,28 @@ def test_a_file_that_shrinks_mid_run_names_itself_and_the_model_goes_on(
     assert np.array_equal(engine.logits(ids[20:], state), expected[20:])
 
 
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that gives EIO")
+def test_an_io_error_names_file_and_offset_and_the_model_goes_on(directory: Path) -> None:
+    engine = TestEngine(directory)
+    ids = random_ids(300, 40)
+    expected = engine.logits(ids)
+    state = engine.native.new_state()
+    opened = [Path("/proc/self/fd") / entry for entry in os.listdir("/proc/self/fd")]
+    numbers = [int(fd.name) for fd in opened if os.path.realpath(fd).startswith(str(directory))]
+    assert numbers
+    # This process's memory, where nothing is mapped: reading it is an input/output error.
+    broken = os.open("/proc/self/mem", os.O_RDONLY)
+    saved = [os.dup(number) for number in numbers]
+    for number in numbers:
+        os.dup2(broken, number)
+    with pytest.raises(ReadError, match=r"safetensors: reading \d+ bytes at offset \d+: Input/out"):
+        engine.logits(ids, state)
+    assert state.position == 0
+    for number, copy in zip(numbers, saved, strict=True):
+        os.dup2(copy, number)
+    assert np.array_equal(engine.logits(ids, state), expected)
+
+
 @pytest.mark.parametrize("cache_bytes", [0, 1])
 def test_a_file_that_vanishes_mid_run_is_still_read(directory: Path, cache_bytes: int) -> None:
     engine = TestEngine(directory, cache_bytes=cache_bytes)
