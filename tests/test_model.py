@@ -166,6 +166,14 @@ def test_a_full_context_ends_the_answer(engine, directory) -> None:
     assert model.stats.finish_reason == "context"
 
 
+def test_a_prompt_that_fills_the_context_gets_no_answer(engine, directory) -> None:
+    model = flashmoe.Model(directory, context=8)
+    tokens = model.generate([1] * 8, temperature=0)
+    assert [token for token, _ in zip(tokens, range(9), strict=False)] == []
+    assert model.stats.finish_reason == "context"
+    assert model.stats.prompt_tokens == 8
+
+
 def test_a_prompt_that_does_not_fit_is_refused_at_once(engine, directory) -> None:
     model = flashmoe.Model(directory, context=8)
     with pytest.raises(flashmoe.StateError, match="context holds 8"):
@@ -217,6 +225,23 @@ def test_a_state_in_use_is_refused(model) -> None:
             use()
     tokens.close()
     assert state.fork().position == 2
+
+
+def test_two_calls_on_one_state_are_checked_again_when_the_second_begins(
+    engine, directory
+) -> None:
+    model = flashmoe.Model(directory, context=8)
+    state = model.new_state()
+    list(model.generate([1], max_tokens=1, state=state))
+    first, second = (model.generate([], max_tokens=0, state=state) for _ in range(2))
+    assert list(first) == []
+    with pytest.raises(flashmoe.ArgumentError, match="empty"):
+        next(second)
+    first, second = (model.generate([1] * 6, max_tokens=0, state=state) for _ in range(2))
+    assert list(first) == []
+    with pytest.raises(flashmoe.StateError, match="8 before and a prompt of 6"):
+        next(second)
+    assert state.position == 8
 
 
 def test_threads_on_one_model_take_turns(model, engine) -> None:
@@ -335,6 +360,7 @@ def test_a_bad_argument_of_the_model_is_named(engine, directory, argument, value
         ([1], {"temperature": -1}, "temperature"),
         ([1], {"seed": "x"}, "seed"),
         ([1], {"stop": [""]}, "stop"),
+        ([1], {"state": "x"}, "state"),
     ],
 )
 def test_a_bad_argument_of_generate_is_named_before_the_first_token(
@@ -391,6 +417,26 @@ def test_chat_computes_only_what_a_state_does_not_hold(model, engine) -> None:
     other = model.new_state()
     list(model.generate([9, 9], max_tokens=0, state=other))
     assert _ids(model.chat(longer, max_tokens=4, temperature=0, state=other)) == fresh
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": -1}, {"stop": ""}, {"max_tokens": -1}, {"nonsense": 1}]
+)
+def test_chat_that_is_refused_leaves_the_state_as_it_was(model, options) -> None:
+    state = model.new_state()
+    list(model.generate([9, 9], max_tokens=0, state=state))
+    with pytest.raises((flashmoe.ArgumentError, TypeError)):
+        model.chat([{"role": "user", "content": "Hello"}], state=state, **options)
+    assert state.tokens == (9, 9)
+
+
+def test_chat_leaves_another_models_state_as_it_was(model) -> None:
+    other = flashmoe.Model(model.directory)
+    state = other.new_state()
+    list(other.generate([9, 9], max_tokens=0, state=state))
+    with pytest.raises(flashmoe.StateError, match="another model's"):
+        model.chat([{"role": "user", "content": "Hello"}], state=state)
+    assert state.tokens == (9, 9)
 
 
 def test_no_chat_template_is_an_error_that_says_so(engine, directory) -> None:

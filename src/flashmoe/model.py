@@ -247,15 +247,8 @@ class Model:
         ids = self._encode(prompt)
         if state is None:
             state = self.new_state()
-        elif state._model is not self:
-            raise StateError("this state is another model's; make one with new_state()")
-        if not ids and state.position == state._native.position:
-            raise ArgumentError("the prompt is empty; give at least one token")
-        if state.position + len(ids) > self.context:
-            raise StateError(
-                f"the context holds {self.context} tokens; {state.position} before and a prompt of "
-                f"{len(ids)} are more; shorten the prompt or open the model with a larger context"
-            )
+        self._check_own(state)
+        self._check_room(state, ids)
         stream = self._text_stream(stop)
         sampler = Sampler(sampling, seed, seen=(*state._tokens, *ids))
         eos = frozenset(self.config.eos_token_ids)
@@ -282,10 +275,13 @@ class Model:
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         state: State | None = options.get("state")
         if state is not None:
+            self._check_own(state)
             before = len(state._tokens)
             if state._tokens == ids[:before] and before < len(ids):
                 ids = ids[before:]
             else:
+                # Refuses bad arguments while the state still holds what it did.
+                self.generate(ids, **options | {"state": None})
                 state._restart()
         return self.generate(ids, **options)
 
@@ -374,10 +370,13 @@ class Model:
             with self._turn:
                 self._check_open()
                 self._meter = meter = Meter(self._engine.stats())
+            self._check_room(state, ids)  # once more: the state may have gone on since the call
             state._tokens += ids
             logits = self._prefill(state, meter, progress)
             if max_tokens == 0:
                 meter.finish_reason = "length"
+            elif state.position == self.context:
+                meter.finish_reason = "context"
             while meter.finish_reason is None:
                 start = time.perf_counter()
                 token, logprob = sampler.draw(logits)
@@ -423,6 +422,22 @@ class Model:
         with self._turn:
             self._check_open()
             return self._engine.forward(state._native, np.array(ids, np.int32))
+
+    def _check_own(self, state: State) -> None:
+        if not isinstance(state, State):
+            raise ArgumentError(f"a state is what new_state() makes; got {state!r}")
+        if state._model is not self:
+            raise StateError("this state is another model's; make one with new_state()")
+
+    def _check_room(self, state: State, ids: list[int]) -> None:
+        """Whether there is something to compute, and the context holds it."""
+        if not ids and state.position == state._native.position:
+            raise ArgumentError("the prompt is empty; give at least one token")
+        if state.position + len(ids) > self.context:
+            raise StateError(
+                f"the context holds {self.context} tokens; {state.position} before and a prompt of "
+                f"{len(ids)} are more; shorten the prompt or open the model with a larger context"
+            )
 
     def _check_open(self) -> None:
         if self._closed:
