@@ -67,6 +67,29 @@ def test_the_cache_changes_no_token_and_is_counted(checkpoint, cache) -> None:
     assert 0 <= stats.hit_rate <= 1
 
 
+def test_states_are_forked_saved_and_loaded_while_another_thread_computes(model, tmp_path) -> None:
+    state = model.new_state()
+    expected = _ids(model, PROMPT, 4, state=state)
+    path = tmp_path / "state.safetensors"
+    begun, stop = threading.Event(), threading.Event()
+
+    def work() -> None:
+        while not stop.is_set():
+            begun.set()
+            model.logits(PROMPT * 4)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        begun.wait()
+        for _ in range(5):
+            state.save(path)
+            assert flashmoe.State.load(model, path).fork().tokens == (*PROMPT, *expected)
+    finally:
+        stop.set()
+        thread.join()
+
+
 def test_threads_on_one_model_get_the_tokens_they_would_get_alone(model) -> None:
     prompts = [random_ids(320, 30, seed).tolist() for seed in range(3)]
     expected = [_ids(model, prompt, 8) for prompt in prompts]

@@ -57,7 +57,7 @@ class State:
 
     def fork(self) -> State:
         """An independent copy: what is done with one leaves the other as it is."""
-        with self._held():
+        with self._held(), self._model._turn:
             return State(self._model, self._native.fork(), list(self._tokens))
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -67,7 +67,7 @@ class State:
             WriteError: it cannot be written; what was there is then still there.
         """
         path = Path(path)
-        with self._held():
+        with self._held(), self._model._turn:
             arrays: dict[str, npt.NDArray[Any]] = {
                 "tokens": np.array(self._tokens, np.int32),
                 **self._native.export(),
@@ -124,7 +124,8 @@ class State:
         state = model.new_state()
         if int(computed) > 0:
             try:
-                state._native.restore(int(computed), arrays)
+                with model._turn:
+                    state._native.restore(int(computed), arrays)
             except (ValueError, StateError) as error:
                 raise CheckpointError(f"{path}: {error}") from error
         state._tokens = tokens
