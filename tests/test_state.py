@@ -64,6 +64,8 @@ def test_saving_replaces_and_leaves_nothing_beside(model, tmp_path) -> None:
 def test_a_state_that_cannot_be_written_is_an_error_with_its_path(model, tmp_path) -> None:
     with pytest.raises(flashmoe.WriteError, match=r"no-such.*cannot be written"):
         model.new_state().save(tmp_path / "no-such" / "a.safetensors")
+    with pytest.raises(flashmoe.WriteError, match="cannot be written"):
+        model.new_state().save("")
 
 
 def test_another_models_state_is_refused(model, tmp_path, monkeypatch) -> None:
@@ -82,6 +84,33 @@ def test_a_state_of_other_routing_is_refused(model, tmp_path) -> None:
     other = flashmoe.Model(model.directory, experts_per_token=2)
     with pytest.raises(flashmoe.StateError, match="experts_per_token=4"):
         flashmoe.State.load(other, path)
+
+
+def test_a_state_of_another_precision_is_refused(model, tmp_path) -> None:
+    path = tmp_path / "a.safetensors"
+    model.new_state().save(path)
+    other = flashmoe.Model(model.directory, precision="float32")
+    with pytest.raises(flashmoe.StateError, match="computed with precision=int8"):
+        flashmoe.State.load(other, path)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (np.array([1, 512], np.int32), "ids that are not below 512"),
+        (np.array([-1, 2], np.int32), "ids that are not below 512"),
+        (np.array([1, 2], np.float32), r"F32 \[2\], expected I32"),
+        (np.array([[1, 2]], np.int32), r"I32 \[1, 2\], expected I32"),
+    ],
+)
+def test_tokens_that_are_no_ids_are_refused(model, tmp_path, tokens, message) -> None:
+    path = tmp_path / "a.safetensors"
+    model.new_state().save(path)
+    with safetensors.safe_open(path, "numpy") as file:
+        metadata = file.metadata()
+    safetensors.numpy.save_file({"tokens": tokens}, path, metadata)
+    with pytest.raises(flashmoe.CheckpointError, match=message):
+        flashmoe.State.load(model, path)
 
 
 def test_a_file_of_another_kind_is_refused(model, tmp_path) -> None:

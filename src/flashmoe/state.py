@@ -78,11 +78,12 @@ class State:
             "model": self._model.fingerprint,
             "source": self._model.source,
             "experts_per_token": str(self._model.experts_per_token),
+            "precision": self._model.precision,
             "computed": str(computed),
         }
         table = [(name, _DTYPES[a.dtype], a.shape) for name, a in arrays.items()]
         header, _ = build_header(table, metadata=metadata)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        part = path.parent / f".{path.name}.{os.getpid()}.part"
         try:
             with part.open("wb") as file:
                 file.write(header)
@@ -99,7 +100,7 @@ class State:
 
         Raises:
             CheckpointError: not such a file, or damaged.
-            StateError: it belongs to another model, or to other routing.
+            StateError: it belongs to another model, other routing or another precision.
         """
         path = Path(path)
         tensors = read_header(path)
@@ -111,13 +112,14 @@ class State:
                 f"{path}: saved from another model ({metadata.get('source')}), not from "
                 f"{model.source}; open that one, or compute the prompt again"
             )
-        if metadata.get("experts_per_token") != str(model.experts_per_token):
-            raise StateError(
-                f"{path}: computed with experts_per_token={metadata.get('experts_per_token')}, "
-                f"this model runs {model.experts_per_token}; open the model with that number"
-            )
+        for name in ("experts_per_token", "precision"):
+            if metadata.get(name) != str(getattr(model, name)):
+                raise StateError(
+                    f"{path}: computed with {name}={metadata.get(name)}, this model runs "
+                    f"{getattr(model, name)}; open the model with the former"
+                )
         arrays = {name: _read(tensor) for name, tensor in tensors.items()}
-        tokens = arrays.pop("tokens").tolist()
+        tokens = _token_ids(path, arrays.pop("tokens"), model.config.vocab_size)
         computed = metadata.get("computed", "")
         if not computed.isdecimal() or int(computed) > len(tokens):
             raise CheckpointError(f"{path}: {len(tokens)} tokens, of which {computed!r} computed")
@@ -155,6 +157,17 @@ class _Held:
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
+
+
+def _token_ids(path: Path, ids: npt.NDArray[Any], vocab: int) -> list[int]:
+    if ids.dtype != np.int32 or ids.ndim != 1:
+        raise CheckpointError(
+            f"{path}: tensor tokens is {_DTYPES[ids.dtype]} {list(ids.shape)}, expected I32 [n]"
+        )
+    if len(ids) and not 0 <= ids.min() <= ids.max() < vocab:
+        raise CheckpointError(f"{path}: tensor tokens holds ids that are not below {vocab}")
+    result: list[int] = ids.tolist()
+    return result
 
 
 def _read(tensor: Tensor) -> npt.NDArray[Any]:
