@@ -227,9 +227,7 @@ def test_a_state_in_use_is_refused(model) -> None:
     assert state.fork().position == 2
 
 
-def test_two_calls_on_one_state_are_checked_again_when_the_second_begins(
-    engine, directory
-) -> None:
+def test_two_calls_on_one_state_are_checked_again_when_the_second_begins(engine, directory) -> None:
     model = flashmoe.Model(directory, context=8)
     state = model.new_state()
     list(model.generate([1], max_tokens=1, state=state))
