@@ -211,6 +211,23 @@ def test_a_template_cannot_leave_its_sandbox(attack: str) -> None:
         _both(attack)[0].render([{"role": "user", "content": "x"}])
 
 
+def test_what_a_template_cannot_compute_with_is_an_argument_error() -> None:
+    with pytest.raises(flashmoe.ArgumentError, match=r"refuses this: .*int"):
+        _both("{{ messages[0].content + 'x' }}")[0].render([{"role": "user", "content": 5}])
+
+
+@pytest.mark.parametrize("named", [["D"], [{"name": "default"}], [{"name": [], "template": ""}]])
+def test_a_damaged_template_names_its_file(tmp_path, named) -> None:
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({"chat_template": named}))
+    with pytest.raises(flashmoe.CheckpointError, match=rf"{path}: chat_template is a list"):
+        ChatTemplate.load(tmp_path)
+    path = tmp_path / "chat_template.jinja"
+    path.write_bytes(b"\xff")
+    with pytest.raises(flashmoe.CheckpointError, match=rf"{path}: cannot be read"):
+        ChatTemplate.load(tmp_path)
+
+
 def test_the_template_is_found_where_checkpoints_keep_it(tmp_path) -> None:
     assert ChatTemplate.load(tmp_path) is None
     path = tmp_path / "tokenizer_config.json"

@@ -51,6 +51,12 @@ def test_a_prompt_may_come_through_a_pipe(model: str) -> None:
     assert _run("generate", model, "-", stdin="Hello").stdout == "Hi there.\n"
 
 
+def test_a_pipe_of_something_else_is_refused(model: str) -> None:
+    result = CliRunner().invoke(app, ["generate", model], input=b"\xff\xfe")
+    assert result.exit_code == 2
+    assert "standard input is not text" in result.stderr
+
+
 def _prompts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Decoded prompts of the fake engine's first forward passes."""
     prompts: list[str] = []
@@ -116,7 +122,13 @@ def test_sampling_options_reach_the_model(model: str) -> None:
         (["generate", "{model}", ""], 0, ""),
         (["generate", "{model}", "", "--raw"], 2, "prompt is empty"),
         (["generate", "/no/such/model", "x"], 1, "/no/such/model: no such directory; give"),
+        (["generate", "", "x"], 1, "an empty name: no such directory"),
+        (["generate", "~no-such-user/x", "x"], 1, "no such directory"),
+        (["generate", "a" * 5000, "x"], 1, "no such directory"),
         (["info", "/no/such/model"], 1, "no such directory"),
+        (["info", "{model}", "--disk-rate", "-5"], 2, "more than 0"),
+        (["info", "{model}", "--memory-rate", "nan"], 2, "more than 0"),
+        (["bench", "{model}", "--prompt-tokens", "2000", "--tokens", "49"], 2, "holds 2048"),
         (["bench", "/no/such/model"], 1, "no such directory"),
         (["generate", "{model}", "x", "--threads", "0"], 2, "--threads"),
         (["generate", "{model}", "x", "--no-such-option"], 2, "No such option"),

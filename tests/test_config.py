@@ -154,6 +154,7 @@ def test_quantization_has_a_default_and_exceptions(tmp_path: Path) -> None:
         ("num_attention_heads", 33, "a multiple of num_key_value_heads"),
         ("linear_num_value_heads", 24, "a multiple of linear_num_key_heads"),
         ("linear_conv_kernel_dim", 1, "from 2"),
+        ("linear_conv_kernel_dim", 17, "to 16"),
         ("layer_types", ["linear_attention"] * 59, "60 entries"),
         ("layer_types", ["linear_attention", "sliding_attention"] * 30, "full_attention"),
         ("layer_types", "linear_attention", "a list"),

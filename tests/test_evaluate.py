@@ -152,6 +152,14 @@ def test_a_bad_prompt_is_named_before_a_model_is_opened(tmp_path, line: str, wha
         evaluate.read_prompts(path)
 
 
+def test_a_line_of_a_prompts_file_ends_where_json_says(tmp_path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    prompt = {"messages": [{"role": "user", "content": "a\u2028b"}], "schema": {"type": "string"}}
+    path.write_text(json.dumps(prompt, ensure_ascii=False) + "\n", encoding="utf-8")
+    (read,) = evaluate.read_prompts(path)
+    assert read.messages == prompt["messages"]
+
+
 def test_the_command_prints_numbers_and_json(model: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(TEXT)
     prompt = {"messages": [{"role": "user", "content": "Hi"}], "schema": {"type": "string"}}

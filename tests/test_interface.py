@@ -54,6 +54,18 @@ def test_a_state_does_not_fit_another_model(model, checkpoint, tmp_path) -> None
         flashmoe.State.load(other, tmp_path / "state.safetensors")
 
 
+def test_a_cache_of_any_size_is_taken(checkpoint) -> None:
+    with flashmoe.Model(checkpoint("mlx-4"), cache="99999999TB") as model:
+        assert len(_ids(model, PROMPT, 2)) == 2
+        assert model.stats.cache_bytes < 1e9
+
+
+def test_unknown_kernels_are_an_error_that_lists_those_there_are(checkpoint, monkeypatch) -> None:
+    monkeypatch.setenv("FLASHMOE_ISA", "mmx")
+    with pytest.raises(flashmoe.ArgumentError, match=r'FLASHMOE_ISA is "mmx"; .*portable'):
+        flashmoe.Model(checkpoint("mlx-4"))
+
+
 @pytest.mark.parametrize("cache", [0, "10kB", "1GB", None])
 def test_the_cache_changes_no_token_and_is_counted(checkpoint, cache) -> None:
     with flashmoe.Model(checkpoint("mlx-4"), cache=0) as model:

@@ -87,6 +87,13 @@ def test_generation_defaults_of_the_checkpoint_are_used(engine, directory) -> No
     assert model.config.eos_token_ids == (0,)
 
 
+def test_a_damaged_generation_config_is_named(engine, directory) -> None:
+    path = directory / "generation_config.json"
+    path.write_text(json.dumps({"do_sample": True, "top_p": "most"}))
+    with pytest.raises(flashmoe.CheckpointError, match=rf"{path}: top_p must be .* got 'most'"):
+        flashmoe.Model(directory)
+
+
 def test_a_long_prompt_goes_in_chunks_and_says_how_far_it_is(model, engine) -> None:
     seen = []
     chunk = model._chunk = 128
@@ -332,6 +339,7 @@ def test_experts_per_token_is_at_most_the_models_own(engine, directory, asked, i
         ("precision", "int4"),
         ("threads", 0),
         ("threads", "2"),
+        ("threads", 10**12),
         ("cache", -1),
         ("cache", "4 parsecs"),
         ("cache", 1.5),
@@ -354,10 +362,13 @@ def test_a_bad_argument_of_the_model_is_named(engine, directory, argument, value
         ([1.0], {}, "ids"),
         (7, {}, "ids"),
         ([True], {}, "ids"),
+        (b"ab", {}, "ids"),
+        ("ab\ud800", {}, r"character 2 is '\\ud800'"),
         ([1], {"max_tokens": -1}, "max_tokens"),
         ([1], {"temperature": -1}, "temperature"),
         ([1], {"seed": "x"}, "seed"),
         ([1], {"stop": [""]}, "stop"),
+        ([1], {"stop": 5}, "stop"),
         ([1], {"state": "x"}, "state"),
     ],
 )
@@ -435,6 +446,11 @@ def test_chat_leaves_another_models_state_as_it_was(model) -> None:
     with pytest.raises(flashmoe.StateError, match="another model's"):
         model.chat([{"role": "user", "content": "Hello"}], state=state)
     assert state.tokens == (9, 9)
+
+
+def test_a_conversation_that_is_not_unicode_is_refused(model) -> None:
+    with pytest.raises(flashmoe.ArgumentError, match="not valid Unicode"):
+        model.chat([{"role": "user", "content": "\udcff"}])
 
 
 def test_no_chat_template_is_an_error_that_says_so(engine, directory) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from flashmoe import machine
 from flashmoe.checkpoint import Checkpoint
+from flashmoe.errors import ArgumentError
 from flashmoe.info import summarise
 from flashmoe.sampling import Sampler, Sampling
 
@@ -50,11 +51,18 @@ def run_bench(
     Args:
         tokens: to generate, greedily; the end of a sequence does not end it.
         done: called after each run with its number, from 1, and its statistics.
+    Raises:
+        ArgumentError: the context does not hold so many tokens.
     Returns:
         "median" of every number in MEASURED (None where unknown), "runs" (`Stats.to_dict` of each),
         "decode": where the time of a token goes and how near the machine's limits that is (see
         `_decode_breakdown`), and what was asked for.
     """
+    if prompt_tokens + tokens > model.context:
+        raise ArgumentError(
+            f"a prompt of {prompt_tokens} tokens and {tokens} more; the context holds "
+            f"{model.context}"
+        )
     ids = np.random.default_rng(seed).integers(0, model.config.vocab_size, prompt_tokens).tolist()
     engine = model._engine
     results: list[dict[str, Any]] = []

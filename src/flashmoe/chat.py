@@ -32,6 +32,9 @@ class ChatTemplate:
         """From `chat_template.jinja`, `tokenizer_config.json` or `chat_template.json`, else None.
 
         Where several are named, "tool_use" is taken for a conversation with tools, else "default".
+
+        Raises:
+            CheckpointError: a file cannot be read, or holds something else.
         """
         config_path = directory / "tokenizer_config.json"
         config = read_json(config_path) if config_path.is_file() else {}
@@ -43,12 +46,20 @@ class ChatTemplate:
                 tokens[name] = value
         path = directory / "chat_template.jinja"
         if path.is_file():
-            return cls(path.read_text(encoding="utf-8"), path, tokens)
+            try:
+                return cls(path.read_text(encoding="utf-8"), path, tokens)
+            except (OSError, UnicodeDecodeError) as error:
+                raise CheckpointError(f"{path}: cannot be read: {error}") from error
         path, source = config_path, config.get("chat_template")
         if source is None and (other := directory / "chat_template.json").is_file():
             path, source = other, read_json(other).get("chat_template")
         if isinstance(source, list):
-            named = {t["name"]: t["template"] for t in source}
+            try:
+                named = {t["name"]: t["template"] for t in source}
+            except (KeyError, TypeError):
+                raise CheckpointError(
+                    f"{path}: chat_template is a list, expected objects of name and template in it"
+                ) from None
             source = (named.get("tool_use") if tools else None) or named.get("default")
         return cls(source, path, tokens) if isinstance(source, str) else None
 
@@ -71,8 +82,6 @@ class ChatTemplate:
             ArgumentError: messages are not turns, or the template refuses them.
             CheckpointError: the template is not valid Jinja.
         """
-        import jinja2  # noqa: PLC0415
-
         if isinstance(messages, (str, bytes, Mapping)) or not all(
             isinstance(m, Mapping) for m in messages
         ):
@@ -92,7 +101,7 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **{**self._tokens, **variables},
             )
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template may compute with what is no text
             raise ArgumentError(f"{self.path}: the chat template refuses this: {error}") from error
 
     def _compile(self) -> Template:

@@ -231,7 +231,10 @@ def generate(
                 "no prompt; write it after the model, or pipe it in: "
                 'flashmoe generate MODEL "Explain quantum computing"'
             )
-        prompt = sys.stdin.read()
+        try:
+            prompt = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise ArgumentError(f"standard input is not text: {error}") from error
     from flashmoe.sampling import Sampling  # noqa: PLC0415
 
     sampling = {
@@ -344,8 +347,8 @@ def info(
     found = describe(
         source,
         experts_per_token=experts_per_token or None,
-        disk_rate=disk_rate and disk_rate * 1e9,
-        memory_rate=memory_rate and memory_rate * 1e9,
+        disk_rate=None if disk_rate is None else disk_rate * 1e9,
+        memory_rate=None if memory_rate is None else memory_rate * 1e9,
     )
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=2))

@@ -133,7 +133,7 @@ class ModelConfig:
             linear_key_head_dim=text.integer("linear_key_head_dim", 1, 4096),
             linear_value_head_dim=text.integer("linear_value_head_dim", 1, 4096),
             # A kernel of 1 could not be told apart in MLX's conv1d layout and in Hugging Face's.
-            linear_conv_kernel_dim=text.integer("linear_conv_kernel_dim", 2, 64),
+            linear_conv_kernel_dim=text.integer("linear_conv_kernel_dim", 2, 16),
             num_experts=experts,
             num_experts_per_tok=text.integer("num_experts_per_tok", 1, experts),
             moe_intermediate_size=text.integer("moe_intermediate_size", 1, 1 << 20),

@@ -196,7 +196,8 @@ def read_prompts(path: Path) -> list[Prompt]:
     """
     prompts = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): a JSON text may hold U+2028 and the like as they are.
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ArgumentError(f"{path}: cannot be read: {error}") from error
     for number, line in enumerate(lines, 1):

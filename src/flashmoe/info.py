@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import numpy as np
 from flashmoe import machine
 from flashmoe.checkpoint import Checkpoint
 from flashmoe.config import ModelConfig
-from flashmoe.errors import CheckpointError
+from flashmoe.errors import ArgumentError, CheckpointError
 from flashmoe.safetensors import Tensor
 from flashmoe.shards import is_skipped
 from flashmoe.source import find_local
@@ -132,8 +133,16 @@ def describe(
         experts_per_token: as `Model` takes it.
         disk_rate, memory_rate: bytes a second; None measures them here, in about a second.
     Raises:
+        ArgumentError: a rate or number of experts that cannot be.
         CheckpointError: no such checkpoint, or one that flashmoe does not run.
     """
+    for name, rate in (("disk", disk_rate), ("memory", memory_rate)):
+        if rate is not None and not 0 < rate < math.inf:
+            raise ArgumentError(f"the rate of the {name} must be more than 0; got {rate!r}")
+    if experts_per_token is not None and experts_per_token < 1:
+        raise ArgumentError(
+            f"experts_per_token must be None or at least 1; got {experts_per_token}"
+        )
     checkpoint, disk, local = _open(source)
     summary = summarise(checkpoint, source, disk, experts_per_token)
     place = checkpoint.directory if local else _hub_cache()

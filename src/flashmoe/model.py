@@ -23,7 +23,7 @@ import numpy.typing as npt
 from flashmoe import machine
 from flashmoe.chat import ChatTemplate, Message
 from flashmoe.checkpoint import Checkpoint
-from flashmoe.errors import ArgumentError, DeviceError, StateError
+from flashmoe.errors import ArgumentError, CheckpointError, DeviceError, StateError
 from flashmoe.sampling import Sampler, Sampling
 from flashmoe.source import find_model
 from flashmoe.state import State
@@ -43,6 +43,7 @@ PRECISIONS = ("int8", "float32")
 KERNELS = Path(__file__).parent / "metal"
 """Where an installed flashmoe has the sources of its GPU kernels."""
 BACKENDS = ("auto", "cpu", "metal")
+MAX_THREADS = 1024
 Progress = Callable[[int, int], None]
 _Number = TypeVar("_Number", bound=np.generic)
 
@@ -107,9 +108,10 @@ class Model:
         _check_choice("backend", backend, BACKENDS)
         _check_choice("precision", precision, PRECISIONS)
         _check_count("experts_per_token", experts_per_token, 1)
-        _check_count("threads", threads, 1)
+        _check_count("threads", threads, 1, MAX_THREADS)
         _check_count("context", context, 1)
-        cache_bytes = None if cache is None else parse_bytes(cache)
+        # More than 2^62 bytes would overflow the native core, and hold no more experts.
+        cache_bytes = None if cache is None else min(parse_bytes(cache), 1 << 62)
 
         self.source = os.fspath(source)
         self.directory = find_model(self.source)
@@ -272,7 +274,7 @@ class Model:
                 it, and started afresh otherwise: the answer is the same, only the time differs.
         """
         text = self.render(messages, tools=tools, **(variables or {}))
-        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        ids = self._encode_text(text, special=False)
         state: State | None = options.get("state")
         if state is not None:
             self._check_own(state)
@@ -445,9 +447,9 @@ class Model:
 
     def _encode(self, prompt: str | Iterable[int]) -> list[int]:
         if isinstance(prompt, str):
-            return list(self.tokenizer.encode(prompt).ids)
+            return self._encode_text(prompt)
         vocab = self.config.vocab_size
-        if not isinstance(prompt, Iterable):
+        if not isinstance(prompt, Iterable) or isinstance(prompt, (bytes, bytearray)):
             raise ArgumentError(f"a prompt is text or a sequence of ids; got {prompt!r}")
         ids = [int(i) if isinstance(i, np.integer) else i for i in prompt]
         for i in ids:
@@ -457,6 +459,19 @@ class Model:
                 raise ArgumentError(f"token id {i} is not in the vocabulary of {vocab}")
         return ids
 
+    def _encode_text(self, text: str, *, special: bool = True) -> list[int]:
+        """The text's ids, with the tokens that the tokenizer puts around a text if `special`."""
+        try:
+            return list(self.tokenizer.encode(text, add_special_tokens=special).ids)
+        except TypeError:
+            at = next((i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff"), None)
+            if at is None:
+                raise
+            raise ArgumentError(
+                f"the prompt is not valid Unicode: character {at} is {text[at]!r}, half of a "
+                "surrogate pair; was it decoded from bytes that are not UTF-8?"
+            ) from None
+
     def _text_stream(self, stop: str | Sequence[str] | None) -> TextStream | None:
         """None for a checkpoint without a tokenizer, which runs on ids and gives no text."""
         if stop is None and not (self.directory / "tokenizer.json").exists():
@@ -465,7 +480,12 @@ class Model:
 
     def _default_sampling(self) -> Sampling:
         path = self.directory / "generation_config.json"
-        return Sampling.from_generation_config(read_json(path)) if path.exists() else Sampling()
+        if not path.exists():
+            return Sampling()
+        try:
+            return Sampling.from_generation_config(read_json(path))
+        except ArgumentError as error:
+            raise CheckpointError(f"{path}: {error}") from error
 
 
 def open_engine(
@@ -502,6 +522,10 @@ def open_engine(
             progress=progress,
         )
 
+    try:
+        _native.cpu_kernels()
+    except ValueError as error:  # FLASHMOE_ISA names what this machine has not
+        raise ArgumentError(str(error)) from error
     if backend != "auto":
         return load(backend)
     if sys.platform == "darwin" and "metal" in _native.backends():
@@ -579,10 +603,10 @@ def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise ArgumentError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
 
 
-def _check_count(name: str, value: int | None, least: int) -> None:
+def _check_count(name: str, value: int | None, least: int, most: int | None = None) -> None:
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ArgumentError(
-            f"{name} must be None or a whole number, at least {least}; got {value!r}"
-        )
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):
+        limits = f"at least {least}" + ("" if most is None else f", at most {most}")
+        raise ArgumentError(f"{name} must be None or a whole number, {limits}; got {value!r}")

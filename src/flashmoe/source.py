@@ -16,13 +16,17 @@ def find_local(source: str) -> Path | None:
     """
     if source == "demo":
         return demo_directory()
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists() or not _HUB_ID.fullmatch(source):
+    try:
+        path = Path(source).expanduser()
+        if source and path.is_dir():
+            return path
+        possible = not path.exists() and _HUB_ID.fullmatch(source)
+    except (OSError, RuntimeError):  # a name that is too long, ~ of nobody
+        possible = None
+    if not possible:
         raise CheckpointError(
-            f"{source}: no such directory; give the directory of a checkpoint, a hub id such as "
-            "mlx-community/Qwen3.5-397B-A17B-4bit, or demo"
+            f"{source or 'an empty name'}: no such directory; give the directory of a checkpoint,"
+            " a hub id such as mlx-community/Qwen3.5-397B-A17B-4bit, or demo"
         )
     return None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,11 +56,11 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: str | Sequence[str] | None = None) -> None:
-        stop = [stop] if isinstance(stop, str) else list(stop or ())
-        if not all(isinstance(s, str) and s for s in stop):
+        stop = () if stop is None else [stop] if isinstance(stop, str) else stop
+        if not isinstance(stop, Iterable) or not all(isinstance(s, str) and s for s in stop):
             raise ArgumentError(f"stop must be strings that are not empty; got {stop!r}")
         self._tokenizer = tokenizer
-        self._stop = stop
+        self._stop = list(stop)
         added = tokenizer.get_added_tokens_decoder()
         self._special = {i for i, token in added.items() if token.special}
         # Replaces invalid bytes as Rust's from_utf8_lossy does: one U+FFFD a maximal subpart.
