@@ -1,6 +1,8 @@
 """The Python interface on the real engine: states, precision and caches change no token."""
 
 import dataclasses
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -58,6 +60,31 @@ def test_a_cache_of_any_size_is_taken(checkpoint) -> None:
     with flashmoe.Model(checkpoint("mlx-4"), cache="99999999TB") as model:
         assert len(_ids(model, PROMPT, 2)) == 2
         assert model.stats.cache_bytes < 1e9
+
+
+# Room for a few threads' stacks of the eight that read: what they and the pool need is tried.
+_TIGHT = """
+import resource, sys
+import flashmoe
+from flashmoe import _native, model
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + (int(sys.argv[2]) << 20),) * 2)
+try:
+    flashmoe.Model(sys.argv[1], threads=int(sys.argv[3]), cache=0)
+except (MemoryError, RuntimeError) as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and a limit on address space")
+@pytest.mark.parametrize("mbytes", [24, 32, 48, 64])
+@pytest.mark.parametrize("threads", [1, 8])
+def test_threads_without_memory_for_their_stacks_are_an_exception(checkpoint, mbytes, threads) -> None:
+    arguments = [str(checkpoint("mlx-4")), str(mbytes), str(threads)]
+    run = subprocess.run(
+        [sys.executable, "-c", _TIGHT, *arguments], check=False, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
 
 
 def test_unknown_kernels_are_an_error_that_lists_those_there_are(checkpoint, monkeypatch) -> None:

@@ -16,6 +16,26 @@ struct IoQueue::Impl {
   bool stopping = false;
   std::vector<std::thread> threads;
 
+  explicit Impl(int width) {
+    try {
+      for (int i = 0; i < width; ++i) threads.emplace_back([this] { work(); });
+    } catch (...) {
+      stop();
+      throw;
+    }
+  }
+  ~Impl() { stop(); }
+
+  // Once every task is done.
+  void stop() {
+    {
+      std::lock_guard lock(mutex);
+      stopping = true;
+    }
+    wake.notify_all();
+    for (auto& thread : threads) thread.join();
+  }
+
   void work() {
     std::unique_lock lock(mutex);
     while (true) {
@@ -30,18 +50,9 @@ struct IoQueue::Impl {
   }
 };
 
-IoQueue::IoQueue(int width) : impl_(std::make_unique<Impl>()) {
-  for (int i = 0; i < width; ++i) impl_->threads.emplace_back([this] { impl_->work(); });
-}
+IoQueue::IoQueue(int width) : impl_(std::make_unique<Impl>(width)) {}
 
-IoQueue::~IoQueue() {
-  {
-    std::lock_guard lock(impl_->mutex);
-    impl_->stopping = true;
-  }
-  impl_->wake.notify_all();
-  for (auto& thread : impl_->threads) thread.join();
-}
+IoQueue::~IoQueue() = default;
 
 void IoQueue::submit(std::function<void()> task) {
   {
