@@ -79,7 +79,7 @@ except (MemoryError, RuntimeError) as error:
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and a limit on address space")
 @pytest.mark.parametrize("mbytes", [24, 32, 48, 64])
 @pytest.mark.parametrize("threads", [1, 8])
-def test_threads_without_memory_for_their_stacks_are_an_exception(checkpoint, mbytes, threads) -> None:
+def test_too_little_memory_for_threads_is_an_exception(checkpoint, mbytes, threads) -> None:
     arguments = [str(checkpoint("mlx-4")), str(mbytes), str(threads)]
     run = subprocess.run(
         [sys.executable, "-c", _TIGHT, *arguments], check=False, capture_output=True, text=True
