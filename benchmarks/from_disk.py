@@ -10,8 +10,8 @@ for the given share of the experts, with the files dropped from the page cache; 
 turns. Both take in the same random ids with the same weights (see against_llama_cpp.py), so they
 need the same experts. llama.cpp maps its file, without repacking, which would not fit; it is run
 with the disk's readahead as it is and with the --readahead given, for reading ahead is what it
-depends on. The least that must be read is what a cache of whole experts, least recently used out
-first, would have to read over the same room; the disk's own rate is measured in the same run.
+depends on. What was read is compared with what a cache of whole experts would have to, least
+recently used out first, over the same room; the disk's own rate is measured in the same run.
 """
 
 from __future__ import annotations
@@ -136,9 +136,8 @@ def main() -> None:
     rng = np.random.default_rng(0)
     ids = rng.integers(0, config.vocab_size, arguments.prompt + arguments.tokens).tolist()
     task = {"ids": ids, "prompt": arguments.prompt, "threads": arguments.threads}
-    ours = task | {
-        "options": {"experts_per_token": config.num_experts_per_tok, "cache_bytes": room}
-    }
+    options = {"experts_per_token": config.num_experts_per_tok, "cache_bytes": room}
+    ours = task | {"options": options}
     theirs = task | {"options": {"use_mmap": True, "use_extra_bufts": False}}
     print(
         f"{experts / 1e9:.2f} GB of experts, {resident / 1e9:.2f} GB resident; limit "
@@ -168,15 +167,19 @@ def main() -> None:
             ratios = [a / b for a, b in zip(mine, values, strict=False)]
             print(f"  {name:40s} {summary(values)}   ratio to it {summary(ratios)}")
     last = results["flashmoe"][-1]
-    rates = [r["bytes"] * arguments.tokens / r["seconds"] for r in results["flashmoe"]]
-    shares = [rate / d for rate, d in zip(rates, disk, strict=True)]
     print(f"disk, random reads of an expert, GB/s: {summary([d / 1e9 for d in disk])}")
-    print(
-        f"read while decoding, GB/s: {summary([r / 1e9 for r in rates])}, {summary(shares)} of it"
-    )
-    print(
-        f"read a token: {statistics.median(r['bytes'] for r in results['flashmoe']) / 1e6:.1f} MB"
-    )
+    if arguments.tokens:
+        rates = [r["bytes"] * arguments.tokens / r["seconds"] for r in results["flashmoe"]]
+        shares = [rate / d for rate, d in zip(rates, disk, strict=True)]
+        decoding = summary([r / 1e9 for r in rates])
+        print(f"read while decoding, GB/s: {decoding}, {summary(shares)} of it")
+        engine = FlashMoe(
+            arguments.checkpoint, arguments.threads, len(ids), {**options, "cache_bytes": 1}
+        )
+        routing = engine.native.forward(engine.state, np.array(ids, np.int32), routing=True)[1]
+        lru = lru_bytes(routing, room // expert, expert, arguments.prompt)
+        read = statistics.median(r["bytes"] for r in results["flashmoe"])
+        print(f"read a token: {read / 1e6:.1f} MB; LRU over this room: {lru / 1e6:.1f} MB")
     held = last["resident"] + last["slots"]
     print(f"peak memory {last['peak'] / 1e9:.2f} GB; weights and slots {held / 1e9:.2f} GB")
     if arguments.json:

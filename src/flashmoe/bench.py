@@ -94,7 +94,7 @@ def run_bench(
     middle = order[runs // 2]
     decode = decodes[middle] | {
         "layer_types": list(model.config.layer_types),
-        "bytes_touched": _bytes_touched(checkpoint, model.experts_per_token),
+        "bytes_touched": bytes_touched(checkpoint, model.experts_per_token),
         "memory_rate": memory_rates[middle],
         "disk_rate": disk_rates[middle],
     }
@@ -126,7 +126,7 @@ def _decode_breakdown(before: Any, after: Any, tokens: int) -> dict[str, Any]:
     }
 
 
-def _bytes_touched(checkpoint: Checkpoint, experts_per_token: int) -> int:
+def bytes_touched(checkpoint: Checkpoint, experts_per_token: int) -> int:
     """Bytes of weights that a token cannot do without: one row of the embedding is not counted."""
     summary = summarise(checkpoint, "", 0, experts_per_token)
     embedding = checkpoint.matrices["embed_tokens"].format.nbytes
