@@ -164,6 +164,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--cache", type=float, default=16.0, help="GB of slots for experts")
+    parser.add_argument("--json", type=Path, help="where to write every run")
     parser.add_argument("--serve", choices=list(PEERS), help=argparse.SUPPRESS)
     parser.add_argument("--options", default="{}", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -211,14 +212,22 @@ def main() -> None:
         for name, values in speeds.items():
             print(f"  {name:10s} {summary(values)}")
         print(f"  {'ratio':10s} {summary(ratios)}")
+    touched = bytes_touched(Checkpoint.open(arguments.checkpoint), experts)
     if arguments.tokens:
-        touched = bytes_touched(Checkpoint.open(arguments.checkpoint), experts)
         rates = [r["decode"] * touched for r in results["flashmoe"]]
         shares = [rate / limit for rate, limit in zip(rates, memory, strict=True)]
         print(
             f"Flash-MoE decodes {touched / 1e6:.0f} MB of weights a token, a share of the memory's"
         )
         print(f"{statistics.median(memory) / 1e9:.1f} GB/s in the same run: {summary(shares)}")
+    if arguments.json:
+        for runs in results.values():
+            for run in runs:
+                del run["logits"]
+        answer = {"prompt": arguments.prompt, "tokens": arguments.tokens, "touched": touched}
+        arguments.json.write_text(
+            json.dumps(answer | {"memory": memory, "runs": results}, indent=1)
+        )
 
 
 if __name__ == "__main__":

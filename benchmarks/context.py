@@ -12,6 +12,7 @@ last column is the process's largest resident size so far, less the keys and val
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from pathlib import Path
 
@@ -29,6 +30,7 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=32768)
     parser.add_argument("--tokens", type=int, default=32, help="decoded at each length")
     parser.add_argument("--cache", type=float, default=16.0, help="GB of slots for experts")
+    parser.add_argument("--json", type=Path, help="where to write the rows")
     arguments = parser.parse_args()
 
     config = Checkpoint.open(arguments.checkpoint).config
@@ -54,12 +56,13 @@ def main() -> None:
         f"{'context':>8} {'prompt tok/s':>12} {'token ms':>9} {'attention':>10} {'reading it':>10} "
         f"{'GatedDeltaNet':>13} {'else':>8} {'peak GB':>8}"
     )
+    rows = []
     length = 1
     while length <= arguments.longest:
         todo, start = length - state.position, time.perf_counter()
         if todo > 0:
             engine.forward(state, ids(todo))
-        prompt = todo / (time.perf_counter() - start) if todo > 0 else float("nan")
+        prompt = todo / (time.perf_counter() - start) if todo > 0 else None
         before, start = engine.layer_times(), time.perf_counter()
         for _ in range(arguments.tokens):
             engine.forward(state, ids(1))
@@ -69,13 +72,26 @@ def main() -> None:
             spent[kind] += (now["mixer"] - then["mixer"]) / arguments.tokens
         cache = state.position * key_bytes
         attention, delta = spent["full_attention"], spent["linear_attention"]
+        row = {
+            "context": length,
+            "prompt_rate": prompt,
+            "token": token,
+            "attention": attention,
+            "reading": cache / rate,
+            "delta": delta,
+            "else": token - attention - delta,
+            "peak": peak_memory() - cache,
+        }
+        rows.append(row)
         print(
-            f"{length:8} {prompt:12.1f} {token * 1e3:9.2f} {attention * 1e3:10.2f} "
-            f"{cache / rate * 1e3:10.2f} {delta * 1e3:13.2f} "
-            f"{(token - attention - delta) * 1e3:8.2f} {(peak_memory() - cache) / 1e9:8.2f}",
+            f"{length:8} {prompt or 0:12.1f} {token * 1e3:9.2f} {attention * 1e3:10.2f} "
+            f"{row['reading'] * 1e3:10.2f} {delta * 1e3:13.2f} {row['else'] * 1e3:8.2f} "
+            f"{row['peak'] / 1e9:8.2f}",
             flush=True,
         )
         length = 2 * length if length >= 1024 else 32 * length
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

@@ -167,6 +167,7 @@ def main() -> None:
             ratios = [a / b for a, b in zip(mine, values, strict=False)]
             print(f"  {name:40s} {summary(values)}   ratio to it {summary(ratios)}")
     last = results["flashmoe"][-1]
+    least: dict[str, float] = {}
     print(f"disk, random reads of an expert, GB/s: {summary([d / 1e9 for d in disk])}")
     if arguments.tokens:
         rates = [r["bytes"] * arguments.tokens / r["seconds"] for r in results["flashmoe"]]
@@ -179,11 +180,18 @@ def main() -> None:
         routing = engine.native.forward(engine.state, np.array(ids, np.int32), routing=True)[1]
         lru = lru_bytes(routing, room // expert, expert, arguments.prompt)
         read = statistics.median(r["bytes"] for r in results["flashmoe"])
+        least["lru_bytes"] = lru
         print(f"read a token: {read / 1e6:.1f} MB; LRU over this room: {lru / 1e6:.1f} MB")
     held = last["resident"] + last["slots"]
     print(f"peak memory {last['peak'] / 1e9:.2f} GB; weights and slots {held / 1e9:.2f} GB")
     if arguments.json:
-        arguments.json.write_text(json.dumps({"disk": disk, "runs": results}, indent=1))
+        arguments.json.write_text(
+            json.dumps(
+                {"room": arguments.room, "prompt": arguments.prompt, "disk": disk, "runs": results}
+                | least,
+                indent=1,
+            )
+        )
 
 
 if __name__ == "__main__":
