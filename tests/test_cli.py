@@ -202,7 +202,7 @@ def test_bench_measures_several_runs_and_says_where_the_time_goes() -> None:
     shown = _run(*arguments).stdout
     for label in ("prefill", "decode", "first token", "experts read", "from memory", "peak memory"):
         assert f"  {label}" in shown
-    for label in ("GatedDeltaNet", "attention", "router", "experts", "head"):
+    for label in ("GatedDeltaNet", "attention", "router", "experts", "head", "a layer, ms"):
         assert f"    {label}" in shown
     assert "that memory gives" in shown
 

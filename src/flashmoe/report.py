@@ -130,6 +130,13 @@ def _decode_lines(decode: dict[str, Any]) -> list[str]:
         share = seconds / decode["seconds"]
         bar = "#" * round(40 * share)
         lines.append(f"    {label:20} {seconds * 1e3:8.2f} ms {share:5.0%}  {bar}".rstrip())
+    parts = list(layers[0])
+    lines.append(f"    {'a layer, ms':20}" + "".join(f"{part:>9}" for part in [*parts, "all"]))
+    for kind in dict.fromkeys(kinds):
+        alike = [layer for k, layer in zip(kinds, layers, strict=True) if k == kind]
+        means = [1e3 * sum(layer[part] for layer in alike) / len(alike) for part in parts]
+        label = f"{len(alike)} x {labels[kind]}"
+        lines.append(f"    {label:20}" + "".join(f"{m:9.3f}" for m in [*means, sum(means)]))
     rate = decode["bytes_touched"] / decode["seconds"]
     lines.append(
         f"  weights touched    {size(decode['bytes_touched'])} a token, {rate / 1e9:.1f} GB/s: "
