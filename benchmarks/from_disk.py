@@ -156,7 +156,8 @@ def main() -> None:
         if i < arguments.slow_runs:
             with contextlib.suppress(SystemExit):
                 name = f"llama.cpp, readahead {default} KiB as set"
-                results.setdefault(name, []).append(run("llama.cpp", gguf, limit, theirs))
+                slow = run("llama.cpp", gguf, limit, theirs)
+                results.setdefault(name, []).append(slow)
     for what in ("prefill", "decode"):
         print(f"{what}, tok/s, median (least .. most)")
         mine = [r[what] for r in results["flashmoe"]]

@@ -1,5 +1,6 @@
 """What the examples and docs show runs, on a small random model in place of the demo."""
 
+import inspect
 import json
 import os
 import re
@@ -8,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+import flashmoe
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").iterdir())
@@ -41,6 +44,16 @@ def test_an_example_runs(endless: Path, example: Path) -> None:
         cells = [c for c in json.loads(text)["cells"] if c["cell_type"] == "code"]
         text = "\n".join("".join(cell["source"]) for cell in cells)
     assert _run(endless, text).strip()
+
+
+def test_every_argument_and_error_is_on_the_python_page() -> None:
+    page = (ROOT / "docs" / "python.md").read_text()
+    named = set(re.findall(r"`(\w+)`", page))
+    for function in (flashmoe.Model.__init__, flashmoe.Model.generate):
+        parameters = inspect.signature(function).parameters.keys()
+        assert parameters - {"self", "source", "prompt"} <= named
+    errors = {name for name in flashmoe.__all__ if name.endswith("Error")}
+    assert errors <= named
 
 
 def test_the_code_of_the_python_page_runs(endless: Path) -> None:

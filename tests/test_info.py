@@ -13,7 +13,7 @@ import pytest
 import safetensors
 from test_hub import Hub, hub  # noqa: F401  (a fixture)
 
-from flashmoe import machine
+from flashmoe import Model, machine
 from flashmoe.checkpoint import Checkpoint
 from flashmoe.config import ModelConfig
 from flashmoe.info import describe, summarise
@@ -135,7 +135,7 @@ def test_the_397b_in_numbers(big: Checkpoint) -> None:
     # 17 billion at its own 10 experts per token give the model its name.
     assert round(summarise(big, "", 0, None).active_parameters / 1e9) in (16, 17)
     assert summary.state_fixed == 45 * 4 * (64 * 128 * 128 + 3 * 12288)
-    assert summary.state_per_token == 15 * 2 * 2 * 256 * 4
+    assert summary.state_per_token == 15 * 2 * 2 * 256 * 2
     formats = {kind.name: kind.formats for kind in summary.kinds}
     assert formats["routed experts"] == ("4-bit, group 64",)
     assert formats["router"] == ("8-bit, group 64",)
@@ -171,6 +171,17 @@ def test_parameters_and_bytes_are_those_of_the_files(
         with safetensors.safe_open(file, "pt") as weights:
             nbytes += sum(weights.get_tensor(key).nbytes for key in weights.keys())  # noqa: SIM118
     assert sum(kind.nbytes for kind in summary.kinds) == nbytes
+
+
+@pytest.mark.reference
+def test_a_sequence_takes_what_info_says(checkpoint: Callable[[str], Path]) -> None:
+    directory = checkpoint("mlx-4")
+    summary = describe(str(directory), disk_rate=1e9, memory_rate=1e9).summary
+    with Model(directory) as model:
+        state = model.new_state()
+        assert state.nbytes == summary.state_fixed
+        list(model.generate([5] * 256, max_tokens=0, state=state))  # caches grow by 256 tokens
+        assert state.nbytes == summary.state_fixed + 256 * summary.state_per_token
 
 
 @pytest.mark.reference

@@ -57,7 +57,7 @@ class Summary:
         experts: all of them.
         read_per_token: of routed experts, of which the caches save a part.
         state_fixed, state_per_token: what a sequence holds: convolution and recurrent states, and
-            the KV cache of float32 for each of its tokens.
+            the KV cache for each of its tokens, in bfloat16 (float32 where that is the precision).
     """
 
     source: str
@@ -193,7 +193,7 @@ def summarise(
         experts=c.num_experts * sum(per_layer),
         read_per_token=k * sum(per_layer),
         state_fixed=4 * delta * state_layer,
-        state_per_token=4 * attention * 2 * c.num_key_value_heads * c.head_dim,
+        state_per_token=2 * attention * 2 * c.num_key_value_heads * c.head_dim,
         kinds=kinds,
     )
 
