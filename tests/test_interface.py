@@ -66,12 +66,11 @@ def test_a_cache_of_any_size_is_taken(checkpoint) -> None:
 _TIGHT = """
 import resource, sys
 import flashmoe
-from flashmoe import _native, model
 size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (size + (int(sys.argv[2]) << 20),) * 2)
 try:
     flashmoe.Model(sys.argv[1], threads=int(sys.argv[3]), cache=0)
-except (MemoryError, RuntimeError) as error:
+except (flashmoe.ArgumentError, RuntimeError) as error:
     print(error)
 """
 

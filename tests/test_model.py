@@ -352,6 +352,16 @@ def test_a_bad_argument_of_the_model_is_named(engine, directory, argument, value
         flashmoe.Model(directory, **{argument: value})
 
 
+def test_memory_that_is_not_granted_is_an_error_about_the_cache(directory, monkeypatch) -> None:
+    def refuse(*_args, **_options) -> None:
+        raise MemoryError("std::bad_alloc")
+
+    install(monkeypatch)
+    monkeypatch.setattr("flashmoe.model.open_engine", refuse)
+    with pytest.raises(flashmoe.ArgumentError, match=r"a cache of 100.0 GB; .* a smaller cache"):
+        flashmoe.Model(directory, cache="100GB")
+
+
 @pytest.mark.parametrize(
     ("prompt", "options", "message"),
     [

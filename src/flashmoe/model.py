@@ -131,17 +131,24 @@ class Model:
         self.sampling = self._default_sampling()
         self.fingerprint = _fingerprint(checkpoint)
         self._turn = threading.Lock()
-        self._engine = open_engine(
-            checkpoint,
-            backend=backend,
-            experts_per_token=self.experts_per_token,
-            precision=precision,
-            threads=self.threads,
-            cache_bytes=cache_bytes,
-            chunk=self._chunk,
-            overlap=overlap,
-            progress=progress,
-        )
+        try:
+            self._engine = open_engine(
+                checkpoint,
+                backend=backend,
+                experts_per_token=self.experts_per_token,
+                precision=precision,
+                threads=self.threads,
+                cache_bytes=cache_bytes,
+                chunk=self._chunk,
+                overlap=overlap,
+                progress=progress,
+            )
+        except MemoryError:
+            raise ArgumentError(
+                f"{self.source}: the system does not grant the memory for resident weights, "
+                f"activations and a cache of {cache_bytes / 1e9:.1f} GB; {available / 1e9:.1f} GB "
+                "are available: give a smaller cache, and see what 'flashmoe info' says"
+            ) from None
         self.backend = self._engine.backend
         self._closed = False
         self._meter = Meter(self._engine.stats())
