@@ -27,7 +27,8 @@ import numpy.typing as npt
 
 from flashmoe.bench import bytes_touched
 from flashmoe.checkpoint import Checkpoint
-from flashmoe.machine import memory_rate
+from flashmoe.machine import available_memory, memory_rate
+from flashmoe.model import prompt_chunk
 
 Ids = npt.NDArray[np.int32]
 Logits = npt.NDArray[np.float32]
@@ -49,7 +50,8 @@ class FlashMoe:
 
         checkpoint = Checkpoint.open(source)
         config = asdict(checkpoint.config)
-        config["experts_per_token"] = options.pop("experts_per_token")
+        experts = config["experts_per_token"] = options.pop("experts_per_token")
+        options.setdefault("chunk", prompt_chunk(checkpoint.config, experts, available_memory()))
         self.native = _native.Engine(config, checkpoint.native(), threads=threads, **options)
         self.reset()
 

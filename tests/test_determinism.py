@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from engines import TestEngine, random_ids
 
+from flashmoe.checkpoint import Checkpoint
+
 pytestmark = pytest.mark.reference
 NAMES = ["odd", "next-ratio-4", "mlx-4", "mlx-2"]
 GetCheckpoint = Callable[[str], Path]
@@ -52,3 +54,27 @@ def test_caching_changes_no_bit(name: str, precision: str, checkpoint: GetCheckp
     assert np.array_equal(
         expected, TestEngine(directory, precision=precision, cache_bytes=1).logits(ids)
     )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reading_ahead_changes_no_bit(name: str, checkpoint: GetCheckpoint) -> None:
+    directory = checkpoint(name)
+    config = Checkpoint.open(directory).config
+    whole = TestEngine(directory, cache_bytes=1 << 30)
+    # From prompts that need few experts of a layer to prompts that need all, into caches from a
+    # few slots to nearly all: experts read ahead are used, kept, or were read for nothing.
+    for cache in (
+        0,
+        whole.native.stats()["slot_bytes"] // 3,
+        whole.native.stats()["slot_bytes"] - 1,
+    ):
+        engine = TestEngine(directory, cache_bytes=cache)
+        for length in (5, 60, 14, 20, 64, 30):
+            ids = random_ids(300, length, seed=length)
+            assert np.array_equal(whole.logits(ids), engine.logits(ids))
+
+    once = TestEngine(directory, cache_bytes=1 << 30)
+    once.logits(random_ids(300, 64))
+    stats = once.native.stats()
+    experts = config.num_experts * len(config.layer_types)
+    assert (stats["expert_hits"], stats["expert_misses"]) == (0, experts)

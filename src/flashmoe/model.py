@@ -565,7 +565,7 @@ def prompt_chunk(config: ModelConfig, experts_per_token: int, available: int) ->
     """Prompt tokens to compute together: a power of two from 128 to 2048.
 
     A chunk reads nearly every expert once, so that the longest is the fastest; its activations
-    take at most 2.5 % of the available memory.
+    take at most 5 % of the available memory.
     """
     heads = 2 * config.num_attention_heads * config.head_dim
     values = config.linear_num_value_heads * config.linear_value_head_dim
@@ -574,7 +574,7 @@ def prompt_chunk(config: ModelConfig, experts_per_token: int, available: int) ->
     floats += max(heads, 2 * keys + values) + max(heads // 2, values) * 2
     floats += 2 * (experts_per_token + 1) * config.moe_intermediate_size
     chunk = 2048
-    while chunk > 128 and chunk * floats * 4 > 0.025 * available:
+    while chunk > 128 and chunk * floats * 4 > 0.05 * available:
         chunk //= 2
     return chunk
 

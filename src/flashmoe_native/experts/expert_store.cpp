@@ -99,7 +99,8 @@ void ExpertStore::pin(int slot) {
 }
 
 void ExpertStore::unpin(int slot) {
-  const Slot& s = slots_[slot];
+  Slot& s = slots_[slot];
+  s.purpose = Purpose::kAsked;
   worth_[slot] = s.expert < 0 ? kEmpty : uses_[index(s.layer, s.expert)];
   ++unpinned_;
 }
@@ -155,44 +156,86 @@ void ExpertStore::start(int layer, std::span<const int32_t> experts,
   backlog_at_ = 0;
   int64_t hits = 0;
   for (const int32_t expert : experts) {
-    const int slot = slot_of(layer, expert);
-    if (slot < 0) {
+    const int at = slot_of(layer, expert);
+    if (at < 0) {
       backlog_.push_back(expert);
       continue;
     }
-    pin(slot);
-    ready_.push_back(slot);
-    ++hits;
+    Slot& slot = slots_[at];
+    hits += slot.purpose == Purpose::kAsked || !slot.was_read;
+    if (slot.purpose == Purpose::kAsked) pin(at);
+    slot.purpose = Purpose::kAsked;
+    if (slot.landed) {
+      ready_.push_back(at);
+    } else {
+      ++wanted_;
+    }
   }
+  // What was read ahead in vain is a cached expert like others, once it has landed.
+  for (const int slot : ahead_) {
+    if (slots_[slot].purpose != Purpose::kAhead) continue;
+    slots_[slot].purpose = Purpose::kVain;
+    if (slots_[slot].landed) unpin(slot);
+  }
+  ahead_.clear();
   {
     std::lock_guard lock(mutex_);
     statistics_.hits += hits;
-    statistics_.misses += static_cast<int64_t>(backlog_.size());
+    statistics_.misses += static_cast<int64_t>(experts.size()) - hits;
   }
   read_backlog();
 }
 
-void ExpertStore::read_backlog() {
-  while (backlog_at_ < backlog_.size() && try_read(backlog_[backlog_at_])) ++backlog_at_;
+void ExpertStore::read_ahead() {
+  const int layer = layer_ + 1;
+  const auto& spec = layers_[layer];
+  const int experts = static_cast<int>(spec.extents.size()) / spec.parts();
+  // Those in slots first, lest one is thrown out for another.
+  for (int expert = 0; expert < experts; ++expert) {
+    const int slot = slot_of(layer, expert);
+    if (slot < 0) continue;
+    pin(slot);
+    slots_[slot].purpose = Purpose::kAhead;
+    slots_[slot].was_read = false;
+    ahead_.push_back(slot);
+  }
+  for (int expert = 0; expert < experts; ++expert) {
+    if (slot_of(layer, expert) < 0 && !try_read(layer, expert, true)) break;
+  }
 }
 
-bool ExpertStore::try_read(int expert) {
+void ExpertStore::read_backlog() {
+  while (backlog_at_ < backlog_.size() && try_read(layer_, backlog_[backlog_at_], false)) {
+    ++backlog_at_;
+  }
+}
+
+bool ExpertStore::try_read(int layer, int expert, bool ahead) {
   if (unpinned_ == 0) return false;
-  const int slot =
+  const int index =
       static_cast<int>(std::min_element(worth_.begin(), worth_.end()) - worth_.begin());
-  pin(slot);
-  forget(slot);
-  slots_[slot].layer = layer_;
-  slots_[slot].expert = expert;
-  slot_of(layer_, expert) = slot;
-  const Layout expert_layout = layout(layers_[layer_], expert);
-  slots_[slot].parts = expert_layout.parts;
+  pin(index);
+  forget(index);
+  Slot& slot = slots_[index];
+  slot.layer = layer;
+  slot.expert = expert;
+  slot.landed = false;
+  slot.purpose = ahead ? Purpose::kAhead : Purpose::kAsked;
+  slot.was_read = ahead;
+  slot_of(layer, expert) = index;
+  const Layout expert_layout = layout(layers_[layer], expert);
+  slot.parts = expert_layout.parts;
   // No read of it is under way yet.
-  slots_[slot].reads_left = static_cast<int>(expert_layout.pieces.size());
-  slots_[slot].error.clear();
+  slot.reads_left = static_cast<int>(expert_layout.pieces.size());
+  slot.error.clear();
   ++in_flight_;
+  if (ahead) {
+    ahead_.push_back(index);
+  } else {
+    ++wanted_;
+  }
   for (const Piece& piece : expert_layout.pieces)
-    io_.submit([this, slot, piece] { read(slot, piece); });
+    io_.submit([this, index, piece] { read(index, piece); });
   return true;
 }
 
@@ -235,37 +278,30 @@ ExpertStore::Arrived ExpertStore::arrived(int slot) const {
 }
 
 std::span<const ExpertStore::Arrived> ExpertStore::next(const std::function<void()>& check) {
-  if (in_flight_ > 0 && ready_.empty()) {
-    std::unique_lock lock(mutex_);
-    const auto start = Clock::now();
-    while (!landed_wake_.wait_for(lock, std::chrono::milliseconds(50),
-                                  [&] { return !landed_.empty(); })) {
-      lock.unlock();
-      check();
-      lock.lock();
+  while (ready_.empty() && in_flight_ > 0 && (wanted_ > 0 || starved())) {
+    {
+      std::unique_lock lock(mutex_);
+      const auto start = Clock::now();
+      while (!landed_wake_.wait_for(lock, std::chrono::milliseconds(50),
+                                    [&] { return !landed_.empty(); })) {
+        lock.unlock();
+        check();
+        lock.lock();
+      }
+      statistics_.wait_seconds += seconds_since(start);
     }
-    statistics_.wait_seconds += seconds_since(start);
+    const std::string error = absorb_landed();
+    if (!error.empty()) {
+      cancel();
+      throw ReadError(error);
+    }
+    read_backlog();
   }
-  return take_landed();
+  return ready();
 }
 
 std::span<const ExpertStore::Arrived> ExpertStore::ready() {
-  return take_landed();
-}
-
-std::span<const ExpertStore::Arrived> ExpertStore::take_landed() {
-  std::string error;
-  if (in_flight_ > 0) {
-    std::lock_guard lock(mutex_);
-    for (const int slot : landed_) {
-      --in_flight_;
-      ready_.push_back(slot);
-      if (slots_[slot].error.empty()) continue;
-      error = slots_[slot].error;
-      forget(slot);
-    }
-    landed_.clear();
-  }
+  const std::string error = absorb_landed();
   if (!error.empty()) {
     cancel();
     throw ReadError(error);
@@ -275,6 +311,29 @@ std::span<const ExpertStore::Arrived> ExpertStore::take_landed() {
   given_.insert(given_.end(), ready_.begin(), ready_.end());
   ready_.clear();
   return arrived_;
+}
+
+// Takes note of the slots whose reads are done; the error of one that start() asked for, if any.
+std::string ExpertStore::absorb_landed() {
+  std::string error;
+  if (in_flight_ == 0) return error;
+  std::lock_guard lock(mutex_);
+  for (const int index : landed_) {
+    Slot& slot = slots_[index];
+    --in_flight_;
+    slot.landed = true;
+    const bool failed = !slot.error.empty();
+    if (failed) forget(index);
+    if (slot.purpose == Purpose::kAsked) {
+      --wanted_;
+      ready_.push_back(index);
+      if (failed) error = slot.error;
+    } else if (failed || slot.purpose == Purpose::kVain) {
+      unpin(index);
+    }
+  }
+  landed_.clear();
+  return error;
 }
 
 void ExpertStore::release() {
@@ -287,15 +346,16 @@ void ExpertStore::cancel() {
   backlog_.clear();
   backlog_at_ = 0;
   while (in_flight_ > 0) {
-    std::unique_lock lock(mutex_);
-    landed_wake_.wait(lock, [&] { return !landed_.empty(); });
-    for (const int slot : landed_) {
-      --in_flight_;
-      ready_.push_back(slot);
-      if (!slots_[slot].error.empty()) forget(slot);
+    {
+      std::unique_lock lock(mutex_);
+      landed_wake_.wait(lock, [&] { return !landed_.empty(); });
     }
-    landed_.clear();
+    absorb_landed();
   }
+  for (const int slot : ahead_) {
+    if (slots_[slot].purpose == Purpose::kAhead) unpin(slot);
+  }
+  ahead_.clear();
   given_.insert(given_.end(), ready_.begin(), ready_.end());
   ready_.clear();
   release();

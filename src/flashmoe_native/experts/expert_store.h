@@ -62,6 +62,9 @@ class ExpertStore {
   // Starts reading what is not in a slot. `experts` are distinct, uses[i] is the number of tokens
   // that need experts[i]. Only after all of the last start() was given and released, or cancelled.
   void start(int layer, std::span<const int32_t> experts, std::span<const int32_t> uses);
+  // All experts of the next layer will probably be needed: reads them behind those of this one, as
+  // far as slots reach, and keeps them until the next start(). Not while starved().
+  void read_ahead();
   // The experts that have landed since the last call: at least one, or none when all were given.
   // `check` is called now and then while waiting and may throw. Throws ReadError.
   std::span<const Arrived> next(const std::function<void()>& check);
@@ -85,8 +88,14 @@ class ExpertStore {
   int64_t slot_bytes() const { return stride_ * static_cast<int64_t>(slots_.size()); }
 
  private:
+  // Why a slot is pinned: start() asked for it, or read_ahead() did, or that turned out in vain.
+  enum class Purpose { kAsked, kAhead, kVain };
+
   struct Slot {
-    int layer = -1, expert = -1;           // -1: empty
+    int layer = -1, expert = -1;  // -1: empty
+    bool landed = true;           // no read of it is under way
+    Purpose purpose = Purpose::kAsked;
+    bool was_read = false;                 // ahead: was in no slot before
     int reads_left = 0;                    // under mutex_
     std::string error;                     // under mutex_
     std::array<int64_t, kMaxParts> parts;  // where they begin in the slot
@@ -107,8 +116,9 @@ class ExpertStore {
   std::byte* memory(int slot) const { return slab_.get() + stride_ * slot; }
   int64_t index(int layer, int expert) const { return layer_base_[layer] + expert; }
   int& slot_of(int layer, int expert) { return slot_of_[index(layer, expert)]; }
-  bool try_read(int expert);
+  bool try_read(int layer, int expert, bool ahead);
   void read_backlog();
+  std::string absorb_landed();
   void read(int slot, const Piece& piece);
   void pin(int slot);
   void unpin(int slot);
@@ -137,7 +147,9 @@ class ExpertStore {
   int layer_ = 0;
   std::vector<int32_t> backlog_;  // experts that wait for a slot, from backlog_at_ on
   size_t backlog_at_ = 0;
-  int in_flight_ = 0;  // slots being read
+  int in_flight_ = 0;       // slots being read
+  int wanted_ = 0;          // of them, those that start() asked for
+  std::vector<int> ahead_;  // slots that read_ahead() pinned
   std::vector<int> ready_;
   std::vector<int> given_;
   std::vector<Arrived> arrived_;

@@ -194,9 +194,16 @@ void Forward::mixture_of_experts(int layer, int n, int32_t* routing,
                     .tokens = every,
                     .out_rows = every,
                     .out = shared_out_});
+  const bool last = layer + 1 == config_.layers();
+  // A chunk that needs nearly all experts of this layer will need those of the next.
+  bool go_ahead = !last && needed_.size() * 10 >= static_cast<size_t>(config_.experts) * 9;
   // Experts that are in a slot already are computed together with the shared expert.
   auto arrived = store_.ready();
   while (true) {
+    if (go_ahead && !store_.starved()) {
+      store_.read_ahead();
+      go_ahead = false;
+    }
     for (const ExpertStore::Arrived& expert : arrived) calls_.push_back(call_of(expert));
     backend_.experts(n, normed_, calls_);
     if (store_.starved()) {
@@ -209,7 +216,6 @@ void Forward::mixture_of_experts(int layer, int n, int32_t* routing,
     if (arrived.empty()) break;
     calls_.clear();
   }
-  const bool last = layer + 1 == config_.layers();
   backend_.combine(n, {.hidden = config_.hidden,
                        .top_k = config_.top_k,
                        .expert_out = expert_out_,
