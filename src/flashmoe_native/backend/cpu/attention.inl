@@ -2,8 +2,8 @@
 // aligned to absolute positions; a block's partial result is computed on its own and the blocks are
 // merged in order, so a token's result does not depend on how the work was divided.
 
-constexpr int kScoreQueries = kLanes == 16 ? 4 : 2;
-constexpr int kScoreKeys = 4;  // divides kKeyTile
+constexpr int kQueries = kLanes == 16 ? 4 : 2;  // whose sums fit into registers
+constexpr int kScoreKeys = 4;                   // divides kKeyTile
 
 FLASHMOE_INLINE void cache_store(const AttentionCall& call, std::byte* cache, int64_t cell,
                                  const float* value) {
@@ -96,27 +96,38 @@ FLASHMOE_INLINE void score_tile(const float* const* q, const float* keys, int wi
   }
 }
 
-// weighted[query] += Σ p[query][j] values[j] over `count` values.
+// weighted[query] += Σ p[query][j] values[j] over `count` values, for Q queries and the columns of
+// V vectors.
+template <int Q, int V>
+FLASHMOE_INLINE void weigh_columns(const float* p, const float* values, int count, int width,
+                                   float* weighted) {
+  Floats acc[Q][V];
+  for (int r = 0; r < Q; ++r) {
+    for (int c = 0; c < V; ++c) acc[r][c] = load(weighted + r * width + c * kLanes);
+  }
+  for (int j = 0; j < count; ++j) {
+    Floats v[V];
+    for (int c = 0; c < V; ++c) v[c] = load(values + j * width + c * kLanes);
+    for (int r = 0; r < Q; ++r) {
+      const Floats weight = splat(p[r * kKeyBlock + j]);
+      for (int c = 0; c < V; ++c) acc[r][c] = multiply_add(weight, v[c], acc[r][c]);
+    }
+  }
+  for (int r = 0; r < Q; ++r) {
+    for (int c = 0; c < V; ++c) store(weighted + r * width + c * kLanes, acc[r][c]);
+  }
+}
+
 template <int Q>
 FLASHMOE_INLINE void weigh_tile(const float* p, const float* values, int count, int width,
                                 float* weighted) {
-  constexpr int kVectors = 16 / kLanes;
-  for (int i = 0; i < width; i += 16) {
-    Floats acc[Q][kVectors];
-    for (int r = 0; r < Q; ++r) {
-      for (int c = 0; c < kVectors; ++c) acc[r][c] = load(weighted + r * width + i + c * kLanes);
-    }
-    for (int j = 0; j < count; ++j) {
-      Floats v[kVectors];
-      for (int c = 0; c < kVectors; ++c) v[c] = load(values + j * width + i + c * kLanes);
-      for (int r = 0; r < Q; ++r) {
-        const Floats weight = splat(p[r * kKeyBlock + j]);
-        for (int c = 0; c < kVectors; ++c) acc[r][c] = multiply_add(weight, v[c], acc[r][c]);
-      }
-    }
-    for (int r = 0; r < Q; ++r) {
-      for (int c = 0; c < kVectors; ++c) store(weighted + r * width + i + c * kLanes, acc[r][c]);
-    }
+  constexpr int kWide = 4 * kLanes;
+  int i = 0;
+  for (; i + kWide <= width; i += kWide) {
+    weigh_columns<Q, 4>(p, values + i, count, width, weighted + i);
+  }
+  for (; i < width; i += kLanes) {
+    weigh_columns<Q, 1>(p, values + i, count, width, weighted + i);
   }
 }
 
@@ -152,10 +163,10 @@ void attention_block(const AttentionCall& call, const AttentionBlock& block, con
     const int count = keys - key < kKeyTile ? keys - key : kKeyTile;
     cache_load(call, call.keys, block.kv_head, block.begin + key, count, kKeyTile, tile);
     int r = 0;
-    for (; r + kScoreQueries <= queries; r += kScoreQueries) {
-      const float* rows[kScoreQueries];
-      for (int i = 0; i < kScoreQueries; ++i) rows[i] = query(r + i);
-      score_tile<kScoreQueries>(rows, tile, width, scale, scores + r * kKeyBlock + key);
+    for (; r + kQueries <= queries; r += kQueries) {
+      const float* rows[kQueries];
+      for (int i = 0; i < kQueries; ++i) rows[i] = query(r + i);
+      score_tile<kQueries>(rows, tile, width, scale, scores + r * kKeyBlock + key);
     }
     for (; r < queries; ++r) {
       const float* row = query(r);
@@ -179,8 +190,9 @@ void attention_block(const AttentionCall& call, const AttentionBlock& block, con
     const int count = keys - key < kKeyTile ? keys - key : kKeyTile;
     cache_load(call, call.values, block.kv_head, block.begin + key, count, count, tile);
     int r = 0;
-    for (; r + 4 <= queries; r += 4) {
-      weigh_tile<4>(scores + r * kKeyBlock + key, tile, count, width, out.weighted + r * width);
+    for (; r + kQueries <= queries; r += kQueries) {
+      weigh_tile<kQueries>(scores + r * kKeyBlock + key, tile, count, width,
+                           out.weighted + r * width);
     }
     for (; r < queries; ++r) {
       weigh_tile<1>(scores + r * kKeyBlock + key, tile, count, width, out.weighted + r * width);
