@@ -221,7 +221,9 @@ def main() -> None:
         print(
             f"Flash-MoE decodes {touched / 1e6:.0f} MB of weights a token, a share of the memory's"
         )
-        print(f"{statistics.median(memory) / 1e9:.1f} GB/s in the same run: {summary(shares)}")
+        print(
+            f"memory's {statistics.median(memory) / 1e9:.1f} GB/s in the same run: {summary(shares)}"
+        )
     if arguments.json:
         for runs in results.values():
             for run in runs:

@@ -127,8 +127,9 @@ def _decode_breakdown(before: Any, after: Any, tokens: int) -> dict[str, Any]:
 
 
 def bytes_touched(checkpoint: Checkpoint, experts_per_token: int) -> int:
-    """Bytes of weights that a token cannot do without: one row of the embedding is not counted."""
+    """Bytes that a token cannot do without: weights, but for the other rows of the embedding, and
+    the recurrent states, which are read and written. Not the keys and values of its context."""
     summary = summarise(checkpoint, "", 0, experts_per_token)
     embedding = checkpoint.matrices["embed_tokens"].format.nbytes
-    tied = checkpoint.config.tie_word_embeddings
-    return summary.resident - (0 if tied else embedding) + summary.read_per_token
+    resident = summary.resident - (0 if checkpoint.config.tie_word_embeddings else embedding)
+    return resident + summary.read_per_token + 2 * summary.state_fixed

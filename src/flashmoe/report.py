@@ -139,7 +139,7 @@ def _decode_lines(decode: dict[str, Any]) -> list[str]:
         lines.append(f"    {label:20}" + "".join(f"{m:9.3f}" for m in [*means, sum(means)]))
     rate = decode["bytes_touched"] / decode["seconds"]
     lines.append(
-        f"  weights touched    {size(decode['bytes_touched'])} a token, {rate / 1e9:.1f} GB/s: "
+        f"  touched            {size(decode['bytes_touched'])} a token, {rate / 1e9:.1f} GB/s: "
         f"{rate / decode['memory_rate']:.0%} of the {decode['memory_rate'] / 1e9:.1f} GB/s that "
         "memory gives"
     )
