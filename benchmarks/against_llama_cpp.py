@@ -218,12 +218,11 @@ def main() -> None:
     if arguments.tokens:
         rates = [r["decode"] * touched for r in results["flashmoe"]]
         shares = [rate / limit for rate, limit in zip(rates, memory, strict=True)]
+        rate = statistics.median(memory) / 1e9
         print(
-            f"Flash-MoE decodes {touched / 1e6:.0f} MB of weights a token, a share of the memory's"
+            f"Flash-MoE touches {touched / 1e6:.0f} MB a token, weights and states; as a share of"
         )
-        print(
-            f"memory's {statistics.median(memory) / 1e9:.1f} GB/s in the same run: {summary(shares)}"
-        )
+        print(f"the {rate:.1f} GB/s that memory gave in the same run: {summary(shares)}")
     if arguments.json:
         for runs in results.values():
             for run in runs:
