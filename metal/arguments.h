@@ -42,7 +42,8 @@ enum FunctionConstant : uint32_t {
   kSecondGroup = 4,
   kSecondDType = 5,
   kCacheDType = 6,  // of keys and values: F32 or BF16
-  kFunctionConstants = 7,
+  kQuads = 7,       // of rows, for each simdgroup of a matrix-vector kernel
+  kFunctionConstants = 8,
 };
 
 enum ElementType : uint32_t { kF32 = 0, kF16 = 1, kBF16 = 2 };
@@ -64,14 +65,19 @@ enum Limits : uint32_t {
 enum MatvecShape : uint32_t {
   kMatvecThreads = 128,
   kMatvecSimdgroups = 4,
-  kMatvecRows = 4,          // of one simdgroup
+  kMaxQuads = 2,            // of rows of one simdgroup
   kMatvecLaneColumns = 32,  // consecutive columns of one lane
   kMatvecColumns = 4096,    // whose inputs are in threadgroup memory at a time
 };
 
+// How many quads of rows a simdgroup takes: more share the work on inputs, fewer occupy the GPU.
+inline uint32_t matvec_quads(uint32_t rows) {
+  return rows > 8192 ? 2 : 1;
+}
+
 // Rows of one threadgroup.
-inline uint32_t matvec_block_rows(uint32_t) {
-  return kMatvecRows * kMatvecSimdgroups;
+inline uint32_t matvec_block_rows(uint32_t quads) {
+  return 4 * quads * kMatvecSimdgroups;
 }
 
 // Matrix-matrix: tiles of rows and tokens.
@@ -115,7 +121,7 @@ struct NormArguments {
 
 // matvec, matmul: out[t, row] (+)= weight · x[t] for up to four matrices of one format.
 // Grid of matvec (few tokens): (first_block[count], tokens), kMatvecThreads threads; a block has
-// matvec_block_rows(columns) rows. Grid of matmul (prompts): (first_block[count],
+// matvec_block_rows(quads) rows. Grid of matmul (prompts): (first_block[count],
 // ceil(tokens / kTileTokens)), kTileThreads threads; a block has kTileRows rows.
 // Constants: kBits, kGroup, kDType. Columns are a multiple of `group` where quantised, else any.
 // Rows are any. A weight's offset is a multiple of 16; of scales and biases, of their element.
@@ -253,8 +259,8 @@ struct RouteArguments {
 // experts: out[out row] = down(silu(gate x) * up x) for (token, out row) pairs, sorted by expert.
 // Two dispatches: gate_up fills activations, down reads them. Decode, kMatvecThreads threads,
 // `intermediate` being the largest:
-//   experts_gate_up        grid (ceil(intermediate / matvec_block_rows(hidden)), pairs)
-//   experts_down           grid (ceil(hidden / matvec_block_rows(stride)), pairs)
+//   experts_gate_up        grid (ceil(intermediate / (matvec_block_rows(quads) / 2)), pairs)
+//   experts_down           grid (ceil(hidden / matvec_block_rows(quads)), pairs)
 // Prompts, kTileThreads threads, a tile being up to kTileTokens pairs of one expert:
 //   experts_gate_up_tiles  grid (ceil(intermediate / kTileRows), tiles)
 //   experts_down_tiles     grid (ceil(hidden / kTileRows), tiles)

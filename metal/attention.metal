@@ -122,25 +122,32 @@ kernel void attention_split(constant AttentionArguments& args [[buffer(kAttentio
 
   for (uint first_key = begin; first_key < end; first_key += kSplitKeys) {
     const uint part = lane % 8;
-    for (uint round = 0; round < 2; ++round) {
-      const uint index = simdgroup * 8 + round * 4 + lane / 8, position = first_key + index;
-      const ulong at = cache + ulong(min(position, end - 1)) * vectors;
-      float4 key[kVectors / 8];
+    const uint index = simdgroup * 8 + lane / 8;  // of one key; the other is 4 further
+    const uint first = first_key + index, second = first + 4;
+    const ulong first_at = cache + ulong(min(first, end - 1)) * vectors;
+    const ulong second_at = cache + ulong(min(second, end - 1)) * vectors;
+    float4 key[kVectors / 8], other[kVectors / 8];
+    for (uint j = 0; j < kVectors / 8; ++j) {
+      const bool there = 8 * j + part < vectors;
+      key[j] = there ? cached(key_cache, first_at + 8 * j + part) : float4(0.0f);
+      other[j] = there ? cached(key_cache, second_at + 8 * j + part) : float4(0.0f);
+    }
+    for (uint r = 0; r < kSplitRows; ++r) {
+      float score = 0, other_score = 0;
       for (uint j = 0; j < kVectors / 8; ++j) {
-        key[j] = 8 * j + part < vectors ? cached(key_cache, at + 8 * j + part) : float4(0.0f);
+        if (8 * j + part >= vectors) continue;
+        const float4 query = tile[r][8 * j + part];
+        score += dot(query, key[j]);
+        other_score += dot(query, other[j]);
       }
-      for (uint r = 0; r < kSplitRows; ++r) {
-        float score = 0;
-        for (uint j = 0; j < kVectors / 8; ++j) {
-          if (8 * j + part < vectors) score += dot(tile[r][8 * j + part], key[j]);
-        }
-        score += simd_shuffle_xor(score, 1);
-        score += simd_shuffle_xor(score, 2);
-        score += simd_shuffle_xor(score, 4);
-        const uint token = (first_row + r) / group_heads;
-        const bool visible = position < end && position <= args.position + token;
-        if (part == 0) scores[r][index] = visible ? score : -INFINITY;
-      }
+      // The sums over the 8 lanes: half of them end up with one key's, half with the other's.
+      const bool odd = part % 2 != 0;
+      float sum = (odd ? other_score : score) + simd_shuffle_xor(odd ? score : other_score, 1);
+      sum += simd_shuffle_xor(sum, 2);
+      sum += simd_shuffle_xor(sum, 4);
+      const uint position = odd ? second : first, token = (first_row + r) / group_heads;
+      const bool visible = position < end && position <= args.position + token;
+      if (part < 2) scores[r][index + 4 * part] = visible ? sum : -INFINITY;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
@@ -214,16 +221,19 @@ kernel void attention_merge(constant AttentionArguments& args [[buffer(kAttentio
   if (query >= all) return;
   const uint vectors = args.head_dim / 4;
   float top = -INFINITY;
-  for (uint split = 0; split < args.splits; ++split) {
+  for (uint split = lane; split < args.splits; split += kSimdWidth) {
     top = max(top, totals[2 * (ulong(split) * all + query)]);
   }
+  top = simd_max(top);
   float sum = 0;
-  for (uint split = 0; split < args.splits; ++split) {
+  for (uint split = lane; split < args.splits; split += kSimdWidth) {
     const ulong slot = ulong(split) * all + query;
     sum = fma(exp(totals[2 * slot] - top), totals[2 * slot + 1], sum);
   }
+  sum = simd_sum(sum);
   for (uint vector = lane; vector < vectors; vector += kSimdWidth) {
     float4 weighted = float4(0.0f);
+#pragma unroll 8
     for (uint split = 0; split < args.splits; ++split) {
       const ulong slot = ulong(split) * all + query;
       weighted = fma(float4(exp(totals[2 * slot] - top)),

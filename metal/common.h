@@ -22,6 +22,7 @@ FUNCTION_CONSTANT(second_bits_constant, kSecondBits);
 FUNCTION_CONSTANT(second_group_constant, kSecondGroup);
 FUNCTION_CONSTANT(second_dtype_constant, kSecondDType);
 FUNCTION_CONSTANT(cache_dtype_constant, kCacheDType);
+FUNCTION_CONSTANT(quads_constant, kQuads);
 
 // Function constants reach the helpers as arguments; they fold away when these are inlined.
 struct Format {

@@ -30,20 +30,36 @@ struct Sources {
   {source0, source1, source2,  source3,  source4,  source5,  source6,  source7, \
    source8, source9, source10, source11, source12, source13, source14, source15}
 
-inline device uchar* find(thread const Sources& sources, Location location) {
+inline device uchar* source(thread const Sources& sources, Location location) {
   // Selected, not indexed, which would need the pointers in memory.
-  const uint source = uint(location >> 56);
+  const uint wanted = uint(location >> 56);
   device uchar* base = sources.at[0];
 #pragma unroll
   for (uint i = 1; i < kMaxSources; ++i) {
     device uchar* other = sources.at[i];
-    base = source == i ? other : base;
+    base = wanted == i ? other : base;
   }
-  return base + (location & 0xfffffffffffffful);
+  return base;
 }
 
+inline device uchar* find(thread const Sources& sources, Location location) {
+  return source(sources, location) + (location & 0xfffffffffffffful);
+}
+
+// Most often the three lie in one buffer.
 inline Stored find(thread const Sources& sources, constant StoredMatrix& matrix) {
-  return {find(sources, matrix.weight), find(sources, matrix.scales), find(sources, matrix.biases)};
+  device uchar* base = source(sources, matrix.weight);
+  const bool together =
+      matrix.weight >> 56 == matrix.scales >> 56 && matrix.weight >> 56 == matrix.biases >> 56;
+  device uchar* scales = base;
+  device uchar* biases = base;
+  if (!together) {
+    scales = source(sources, matrix.scales);
+    biases = source(sources, matrix.biases);
+  }
+  return {base + (matrix.weight & 0xfffffffffffffful),
+          scales + (matrix.scales & 0xfffffffffffffful),
+          biases + (matrix.biases & 0xfffffffffffffful)};
 }
 
 inline uint end_of(constant ExpertArguments& args, uint expert) {
@@ -69,18 +85,20 @@ kernel void experts_gate_up(device const float* x [[buffer(kExpertX)]],
   const uint pair = group.y;
   constant ExpertEntry& expert = args.experts[expert_of(args, pair)];
   const uint rows = expert.intermediate, columns = args.hidden;
-  const uint block = group.x * matvec_block_rows(columns);
+  const uint block = group.x * matvec_block_rows(quads_constant) / 2;
   if (block >= rows) return;  // the whole threadgroup
-  const uint first = block + simdgroup * kMatvecRows;
-  device const float* input = x + ulong(pair_tokens[pair]) * columns;
-  const float gate = multiply_rows(first_format(), find(sources, expert.gate), first, rows, columns,
-                                   input, false, thread_index, lane, staged, sums);
-  const bool ready = stay_staged(first_format(), second_format(), columns);
-  const float up = multiply_rows(second_format(), find(sources, expert.up), first, rows, columns,
-                                 input, ready, thread_index, lane, staged, sums);
-  const uint row = first + lane / 8;
-  if (lane % 8 != 0 || row >= rows) return;
-  activations[ulong(pair) * args.stride + row] = silu(gate) * up;
+  const uint first = block + simdgroup * 2 * quads_constant;
+  float total[4 * kMaxQuads];  // of two rows of gate and the same two of up a quad
+  multiply_rows({first_format(), find(sources, expert.gate), first, 2, rows},
+                {second_format(), find(sources, expert.up), first, 2, rows}, columns,
+                x + ulong(pair_tokens[pair]) * columns, thread_index, lane, staged, sums, total);
+  for (uint quad = 0; quad < quads_constant; ++quad) {
+    const float gate = sum_four(total + 4 * quad, lane);
+    const float up = simd_shuffle_xor(gate, 16);
+    const uint row = first + 2 * quad + lane / 8;
+    if (lane % 8 != 0 || lane >= 16 || row >= rows) continue;
+    activations[ulong(pair) * args.stride + row] = silu(gate) * up;
+  }
 }
 
 kernel void experts_down(constant ExpertArguments& args [[buffer(kExpertArguments)]],
@@ -94,14 +112,20 @@ kernel void experts_down(constant ExpertArguments& args [[buffer(kExpertArgument
   const Sources sources = SOURCES;
   const uint pair = group.y;
   constant ExpertEntry& expert = args.experts[expert_of(args, pair)];
-  const uint first = group.x * matvec_block_rows(args.stride) + simdgroup * kMatvecRows;
-  const float sum = multiply_rows(first_format(), find(sources, expert.down), first, args.hidden,
-                                  expert.intermediate, activations + ulong(pair) * args.stride,
-                                  false, thread_index, lane, staged, sums);
-  const uint row = first + lane / 8;
-  if (lane % 8 != 0 || row >= args.hidden) return;
-  device float* out = (device float*)find(sources, expert.out);
-  out[ulong(pair_rows[pair]) * args.hidden + row] = sum;
+  const uint first = group.x * matvec_block_rows(quads_constant) + simdgroup * 4 * quads_constant;
+  const Format format = first_format();
+  const Stored w = find(sources, expert.down);
+  float total[4 * kMaxQuads];
+  multiply_rows({format, w, first, 4, args.hidden}, {format, w, first + 2, 4, args.hidden},
+                expert.intermediate, activations + ulong(pair) * args.stride, thread_index, lane,
+                staged, sums, total);
+  device float* out =
+      (device float*)find(sources, expert.out) + ulong(pair_rows[pair]) * args.hidden;
+  for (uint quad = 0; quad < quads_constant; ++quad) {
+    const float sum = sum_four(total + 4 * quad, lane);
+    const uint row = first + 4 * quad + lane / 8;
+    if (lane % 8 == 0 && row < args.hidden) out[row] = sum;
+  }
 }
 
 // A tile of pairs, all of one expert.

@@ -1,7 +1,6 @@
 // Matrix times vector, the whole of decoding. A threadgroup puts the inputs into threadgroup
 // memory, laid out for what follows: a lane takes 32 consecutive columns, whose inputs it keeps in
-// registers while it meets them with four rows of the weight, so that many wide loads are in
-// flight.
+// registers while it meets them with its rows of the weight, four (a quad) at a time.
 #pragma once
 
 #include "common.h"
@@ -21,34 +20,34 @@ enum StagedShape : uint {
   THREADGROUP_ARRAY(float4, staged, [kStagedVectors]); \
   THREADGROUP_ARRAY(float, sums, [kStagedSums])
 
-// Element i of a word is not shifted down to its value but masked where it stands, 2^(bits i) times
-// too large; the inputs are that much smaller (both exactly).
-inline float4 scaled_down(Format format, float4 x, uint column) {
-  if (format.bits == 0) return x;
-  const uint first = column % (32 / format.bits) * format.bits;
-  return x * float4(1.0f / float(1u << first), 1.0f / float(1u << (first + format.bits)),
-                    1.0f / float(1u << (first + 2 * format.bits)),
-                    1.0f / float(1u << (first + 3 * format.bits)));
-}
-
-// Puts up to kMatvecColumns inputs, a multiple of 32, into threadgroup memory, and zeros after
-// them. Every thread must call it; a barrier follows.
-inline void stage(Format format, device const float* x, uint columns, uint thread_index,
+// Puts up to kMatvecColumns inputs, a multiple of 32, into threadgroup memory. Every thread must
+// call it; a barrier follows.
+inline void stage(device const float* x, uint columns, uint thread_index,
                   threadgroup float4* staged, threadgroup float* sums) {
-  for (uint vector = thread_index; vector < kMatvecColumns / 4; vector += kMatvecThreads) {
-    const uint block = vector / kLaneVectors, i = vector % kLaneVectors;
-    const float4 four = 4 * vector < columns ? ((device const float4*)x)[vector] : float4(0.0f);
-    staged[(block / kSimdWidth * kLaneVectors + i) * kStagedPitch + block % kSimdWidth] =
-        scaled_down(format, four, 4 * i);
-    float sum = four.x + four.y + four.z + four.w;
+  enum : uint { kThreadVectors = kMatvecColumns / 4 / kMatvecThreads };
+  const uint vectors = columns / 4;
+  float4 mine[kThreadVectors];  // loaded together, so that their latencies overlap
+#pragma unroll
+  for (uint i = 0; i < kThreadVectors; ++i) {
+    const uint vector = i * kMatvecThreads + thread_index;
+    mine[i] = vector < vectors ? ((device const float4*)x)[vector] : float4(0.0f);
+  }
+#pragma unroll
+  for (uint i = 0; i < kThreadVectors; ++i) {
+    if (i * kMatvecThreads >= vectors) break;  // the whole threadgroup
+    const uint vector = i * kMatvecThreads + thread_index;
+    const uint block = vector / kLaneVectors, part = vector % kLaneVectors;
+    staged[(block / kSimdWidth * kLaneVectors + part) * kStagedPitch + block % kSimdWidth] =
+        mine[i];
+    float sum = mine[i].x + mine[i].y + mine[i].z + mine[i].w;
     sum += simd_shuffle_xor(sum, 1);
     sum += simd_shuffle_xor(sum, 2);
     sum += simd_shuffle_xor(sum, 4);
-    if (i == 0) sums[block] = sum;
+    if (part == 0) sums[block] = sum;
   }
 }
 
-// 32 consecutive inputs of a lane, scaled down, and their sum as they were.
+// 32 consecutive inputs of a lane, and their sum.
 struct Inputs {
   float x[kMatvecLaneColumns];
   float sum;
@@ -68,12 +67,24 @@ inline Inputs load_inputs(threadgroup const float4* staged, threadgroup const fl
   return in;
 }
 
-// The quantised elements of a word.
-inline float dot_word(uint bits, uint word, thread const float* x, float total) {
-  const uint mask = (1u << bits) - 1;
-  for (uint i = 0; i < 32 / bits; ++i) {
-    total = fma(float(word & (mask << (i * bits))), x[i], total);
+enum : uint { kTwoTo23 = 0x4b000000 };  // as a float
+
+// Sum of q[i] x[i] over the 32 quantised elements of `words`. An element is neither shifted down to
+// its value nor converted: masked where it stands in half a word, it becomes the low bits of 2^23
+// (`magic`), which is then taken off. Elements that stand at the same place are added up together,
+// and these sums, 2^bits times too large from place to place, at the end.
+inline float dot_quantised(uint bits, thread const uint* words, thread const float* x, uint magic) {
+  const uint places = 16 / bits, mask = (1u << bits) - 1;
+  float at[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+  for (uint h = 0; h < 2 * bits; ++h) {
+    const uint half_word = h % 2 == 0 ? words[h / 2] : words[h / 2] >> 16;
+    for (uint i = 0; i < places; ++i) {
+      const uint q = (half_word & (mask << (i * bits))) | magic;
+      at[i] = fma(as_type<float>(q) - 0x1p23f, x[h * places + i], at[i]);
+    }
   }
+  float total = at[places - 1];
+  for (uint i = places - 1; i > 0; --i) total = fma(total, 1.0f / float(1u << bits), at[i - 1]);
   return total;
 }
 
@@ -105,49 +116,52 @@ inline float dot_dense(uint dtype, device const uchar* w, uint block, thread con
   return total;
 }
 
-// What four rows of a quantised weight hold for a lane's 32 columns, as stored.
-struct Fetched {
-  uint words[kMatvecRows][8];  // as many as an element has bits
-  float scale[kMatvecRows], bias[kMatvecRows];
+// Two rows of a weight to each quad: `first` and the one behind it to the first, then `step` on.
+struct Rows {
+  Format format;
+  Stored w;
+  uint first, step;
+  uint end;  // rows from here on are taken for the last; nobody asks for their sums
 };
 
-// `block[r]` is the number of 32 columns' elements of row r, counted from the weight's first.
-inline void fetch(Format format, Stored w, thread const uint* block, thread Fetched& out) {
-  if (format.bits == 0) return;
-  for (uint r = 0; r < kMatvecRows; ++r) {
-    if (format.bits == 2) {
-      const uint2 two = ((device const uint2*)w.weight)[block[r]];
-      out.words[r][0] = two.x;
-      out.words[r][1] = two.y;
-    } else {
-      for (uint i = 0; i < format.bits / 4; ++i) {
-        const uint4 four = ((device const uint4*)w.weight)[ulong(block[r]) * (format.bits / 4) + i];
-        out.words[r][4 * i] = four.x;
-        out.words[r][4 * i + 1] = four.y;
-        out.words[r][4 * i + 2] = four.z;
-        out.words[r][4 * i + 3] = four.w;
-      }
-    }
-    const uint group = block[r] / (format.group / kMatvecLaneColumns);
-    out.scale[r] = element(format.dtype, w.scales, group);
-    out.bias[r] = element(format.dtype, w.biases, group);
-  }
+inline uint row_of(Rows rows, uint quad, uint r) {
+  return min(rows.first + quad * rows.step + r, rows.end - 1);
 }
 
-// Adds to total[r] what 32 columns give to row r.
-inline void dot_rows(Format format, Stored w, thread const uint* block, thread const Inputs& in,
-                     thread const Fetched& fetched, thread float* total) {
-  for (uint r = 0; r < kMatvecRows; ++r) {
-    if (format.bits == 0) {
-      total[r] += dot_dense(format.dtype, w.weight, block[r], in);
-      continue;
-    }
-    float product = 0;
-    for (uint i = 0; i < format.bits; ++i) {
-      product = dot_word(format.bits, fetched.words[r][i], in.x + i * (32 / format.bits), product);
-    }
-    total[r] = fma(fetched.scale[r], product, fma(fetched.bias[r], in.sum, total[r]));
+// What a row of a quantised weight holds for a lane's 32 columns, as stored.
+struct Fetched {
+  uint words[8];  // as many as an element has bits
+  float scale, bias;
+};
+
+// `block` is the number of 32 columns' elements, counted from the weight's first.
+inline Fetched fetch(Format format, Stored w, uint block) {
+  Fetched out;
+  if (format.bits == 0) return out;
+  if (format.bits == 2) {
+    const uint2 two = ((device const uint2*)w.weight)[block];
+    out.words[0] = two.x;
+    out.words[1] = two.y;
   }
+  for (uint i = 0; i < format.bits / 4; ++i) {
+    const uint4 four = ((device const uint4*)w.weight)[ulong(block) * (format.bits / 4) + i];
+    out.words[4 * i] = four.x;
+    out.words[4 * i + 1] = four.y;
+    out.words[4 * i + 2] = four.z;
+    out.words[4 * i + 3] = four.w;
+  }
+  const uint group = block / (format.group / kMatvecLaneColumns);
+  out.scale = element(format.dtype, w.scales, group);
+  out.bias = element(format.dtype, w.biases, group);
+  return out;
+}
+
+// What 32 columns give to a row.
+inline float dot_row(Format format, Stored w, uint block, thread const Inputs& in,
+                     thread const Fetched& fetched, uint magic) {
+  if (format.bits == 0) return dot_dense(format.dtype, w.weight, block, in);
+  return fma(fetched.scale, dot_quantised(format.bits, fetched.words, in.x, magic),
+             fetched.bias * in.sum);
 }
 
 // The sum over all lanes of total[lane / 8]: four sums in little more time than one, since a lane
@@ -164,52 +178,60 @@ inline float sum_four(thread const float* total, uint lane) {
   return sum + simd_shuffle_xor(sum, 1);
 }
 
-// Whether inputs staged for one format serve another too.
-inline bool stay_staged(Format format, Format next, uint columns) {
-  return format.bits == next.bits && columns <= kMatvecColumns;
+// What a quad of rows, two of `a` and two of `b`, holds for a lane's 32 columns.
+struct Quad {
+  Fetched rows[4];
+};
+
+inline Quad fetch_quad(Rows a, Rows b, uint quad, uint row_blocks, uint block) {
+  Quad out;
+  for (uint i = 0; i < 4; ++i) {
+    const Rows rows = i < 2 ? a : b;
+    out.rows[i] = fetch(rows.format, rows.w, row_of(rows, quad, i % 2) * row_blocks + block);
+  }
+  return out;
 }
 
-// Row first + lane / 8 of w times x. Every thread of the threadgroup must call it. `ready`: the
-// inputs are in threadgroup memory already.
-inline float multiply_rows(Format format, Stored w, uint first, uint rows, uint columns,
-                           device const float* x, bool ready, uint thread_index, uint lane,
-                           threadgroup float4* staged, threadgroup float* sums) {
-  float total[kMatvecRows] = {0, 0, 0, 0};
+// total[4 i ...] = a lane's part of the two rows of `a` and the two of `b` in quad i, times x.
+// Every thread of the threadgroup must call it. The first quad is asked for before the inputs are
+// there.
+inline void multiply_rows(Rows a, Rows b, uint columns, device const float* x, uint thread_index,
+                          uint lane, threadgroup float4* staged, threadgroup float* sums,
+                          thread float* total) {
+  for (uint i = 0; i < 4 * kMaxQuads; ++i) total[i] = 0;
   if (columns % kMatvecLaneColumns != 0) {  // a dense weight
-    for (uint r = 0; r < kMatvecRows; ++r) {
-      const ulong row = min(first + r, rows - 1);
+    for (uint i = 0; i < 4 * quads_constant; ++i) {
+      const Rows rows = i % 4 < 2 ? a : b;
+      const uint row = row_of(rows, i / 4, i % 2);
       for (uint column = lane; column < columns; column += kSimdWidth) {
-        total[r] = fma(weight_at(format, w, row, columns, column), x[column], total[r]);
+        total[i] = fma(weight_at(rows.format, rows.w, row, columns, column), x[column], total[i]);
       }
     }
-    return sum_four(total, lane);
+    return;
   }
-  // Rows past the last are taken for it; nobody asks for their sums. What the next columns hold is
-  // asked for before this one's is used, and the first columns' before the inputs are there.
-  uint block[kMatvecRows];
-  for (uint r = 0; r < kMatvecRows; ++r) {
-    block[r] = min(first + r, rows - 1) * (columns / kMatvecLaneColumns) + lane;
-  }
-  Fetched now, next;
-  uint column = lane * kMatvecLaneColumns;
-  if (column < columns) fetch(format, w, block, now);
+  // Never 0, as the compiler cannot know: so it keeps this number in a register, and not the masks.
+  const uint magic = a.end == 0 ? 0 : kTwoTo23;
+  const uint row_blocks = columns / kMatvecLaneColumns;
+  uint block = lane;
+  Quad quad;
+  if (block < row_blocks) quad = fetch_quad(a, b, 0, row_blocks, block);
   for (uint begin = 0; begin < columns; begin += kMatvecColumns) {
-    if (!ready) {
-      threadgroup_barrier(mem_flags::mem_threadgroup);
-      stage(format, x + begin, min(columns - begin, uint(kMatvecColumns)), thread_index, staged,
-            sums);
-      threadgroup_barrier(mem_flags::mem_threadgroup);
-    }
-    for (uint chunk = 0; chunk < kChunks && column < columns; ++chunk) {
+    if (begin > 0) threadgroup_barrier(mem_flags::mem_threadgroup);
+    stage(x + begin, min(columns - begin, uint(kMatvecColumns)), thread_index, staged, sums);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (uint chunk = 0; chunk < kChunks && block < row_blocks; ++chunk) {
       const Inputs in = load_inputs(staged, sums, chunk, lane);
-      uint following[kMatvecRows];
-      for (uint r = 0; r < kMatvecRows; ++r) following[r] = block[r] + kSimdWidth;
-      column += kChunkColumns;
-      if (column < columns) fetch(format, w, following, next);
-      dot_rows(format, w, block, in, now, total);
-      for (uint r = 0; r < kMatvecRows; ++r) block[r] = following[r];
-      now = next;
+#pragma unroll
+      for (uint q = 0; q < quads_constant; ++q) {
+        for (uint i = 0; i < 4; ++i) {
+          const Rows rows = i < 2 ? a : b;
+          const uint at = row_of(rows, q, i % 2) * row_blocks + block;
+          total[4 * q + i] += dot_row(rows.format, rows.w, at, in, quad.rows[i], magic);
+        }
+        const bool last = q + 1 == quads_constant;
+        if (last) block += kSimdWidth;
+        if (block < row_blocks) quad = fetch_quad(a, b, last ? 0 : q + 1, row_blocks, block);
+      }
     }
   }
-  return sum_four(total, lane);
 }

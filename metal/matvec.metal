@@ -10,12 +10,18 @@ kernel void matvec(device const float* x [[buffer(kProductX)]],
                    uint lane [[thread_index_in_simdgroup]]) {
   STAGED_INPUTS;
   const Product product = select_product(args, group.x, PRODUCTS);
-  const uint first = product.block * matvec_block_rows(args.columns) + simdgroup * kMatvecRows;
-  const float sum =
-      multiply_rows(first_format(), product.w, first, product.rows, args.columns,
-                    x + ulong(group.y) * args.columns, false, thread_index, lane, staged, sums);
-  const uint row = first + lane / 8;
-  if (lane % 8 != 0 || row >= product.rows) return;
-  device float* out = product.out + ulong(group.y) * product.rows + row;
-  *out = product.add ? *out + sum : sum;
+  const uint first =
+      product.block * matvec_block_rows(quads_constant) + simdgroup * 4 * quads_constant;
+  const Format format = first_format();
+  float total[4 * kMaxQuads];
+  multiply_rows({format, product.w, first, 4, product.rows},
+                {format, product.w, first + 2, 4, product.rows}, args.columns,
+                x + ulong(group.y) * args.columns, thread_index, lane, staged, sums, total);
+  for (uint quad = 0; quad < quads_constant; ++quad) {
+    const float sum = sum_four(total + 4 * quad, lane);
+    const uint row = first + 4 * quad + lane / 8;
+    if (lane % 8 != 0 || row >= product.rows) continue;
+    device float* out = product.out + ulong(group.y) * product.rows + row;
+    *out = product.add ? *out + sum : sum;
+  }
 }

@@ -40,10 +40,14 @@ def _parse(text: str) -> tuple[dict[str, int], dict[str, type[ctypes.Structure]]
 K, S = _parse(_HEADER.read_text())
 
 
-def matvec_block_rows(columns: int) -> int:
+def matvec_quads(rows: int) -> int:
     """As in arguments.h."""
-    del columns
-    return K["kMatvecRows"] * K["kMatvecSimdgroups"]
+    return 2 if rows > 8192 else 1
+
+
+def matvec_block_rows(quads: int) -> int:
+    """As in arguments.h."""
+    return 4 * quads * K["kMatvecSimdgroups"]
 
 
 def ceil_div(a: int, b: int) -> int:

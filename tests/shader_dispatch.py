@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from shader_arguments import K, S, ceil_div, matvec_block_rows
+from shader_arguments import K, S, ceil_div, matvec_block_rows, matvec_quads
 
 Array = np.ndarray[Any, Any]
 F32, F16, BF16 = 0, 1, 2
@@ -136,11 +136,19 @@ def rms_norm_reference(x: Array, weight: Array, eps: float) -> Array:
 
 
 def product(
-    kernel: str, x: Array, weights: Sequence[Weight], outs: Sequence[Array], add: Sequence[int]
+    kernel: str,
+    x: Array,
+    weights: Sequence[Weight],
+    outs: Sequence[Array],
+    add: Sequence[int],
+    quads: int = 0,
 ) -> Dispatch:
-    """kernel: "matvec" or "matmul"; outs [tokens, rows], added to where add says so."""
+    """kernel: "matvec" or "matmul"; outs [tokens, rows], added to where add says so. quads: of a
+    simdgroup of matvec, if not as the host chooses.
+    """
     tokens, columns = x.shape
-    block = matvec_block_rows(columns) if kernel == "matvec" else K["kTileRows"]
+    quads = quads or matvec_quads(sum(weight.rows for weight in weights))
+    block = matvec_block_rows(quads) if kernel == "matvec" else K["kTileRows"]
     args = S["ProductArguments"](columns, tokens, len(weights))
     buffers: dict[int, Array | bytes] = {K["kProductX"]: x}
     for i in range(K["kMaxProducts"]):
@@ -158,6 +166,7 @@ def product(
     blocks = args.first_block[len(weights)]
     constants = _format_constants(weights[0])
     if kernel == "matvec":
+        constants[K["kQuads"]] = quads
         return Dispatch(kernel, (blocks, tokens), K["kMatvecThreads"], buffers, constants)
     grid = (blocks, ceil_div(tokens, K["kTileTokens"]))
     return Dispatch(kernel, grid, K["kTileThreads"], buffers, constants)
@@ -464,8 +473,17 @@ class _Sources:
         return len(self.buffers) - 1 << 56
 
 
-def experts(x: Array, calls: Sequence[Expert], *, tiles: bool) -> list[Dispatch]:
-    """gate_up and down for up to as many calls as fit; all slots in one buffer."""
+def experts(
+    x: Array,
+    calls: Sequence[Expert],
+    *,
+    tiles: bool,
+    quads: tuple[int, int] | None = None,
+    apart: bool = False,
+) -> list[Dispatch]:
+    """gate_up and down for up to as many calls as fit; all slots in one buffer. quads: of gate_up
+    and of down, if not as the host chooses. apart: each part of a weight in a buffer of its own.
+    """
     sources = _Sources()
     hidden = x.shape[1]
     widest = max(call.gate.rows for call in calls)
@@ -476,7 +494,7 @@ def experts(x: Array, calls: Sequence[Expert], *, tiles: bool) -> list[Dispatch]
         for matrix in (call.gate, call.up, call.down)
         for part in (matrix.weight, matrix.scales, matrix.biases)
     ]
-    locations = iter(sources.slot(arrays))
+    locations = iter([sources.whole(a) for a in arrays] if apart else sources.slot(arrays))
     tile_count = 0
     for entry, call in zip(args.experts, calls, strict=False):
         for matrix in (entry.gate, entry.up, entry.down):
@@ -510,8 +528,11 @@ def experts(x: Array, calls: Sequence[Expert], *, tiles: bool) -> list[Dispatch]
                 "experts_down_tiles", (ceil_div(hidden, rows), tile_count), threads, buffers, down
             ),
         ]
-    up_blocks = ceil_div(widest, matvec_block_rows(hidden))
-    down_blocks = ceil_div(hidden, matvec_block_rows(args.stride))
+    up_rows, down_rows = 2 * widest * args.pairs, hidden * args.pairs
+    quads = quads or (matvec_quads(up_rows), matvec_quads(down_rows))
+    first[K["kQuads"]], down[K["kQuads"]] = quads
+    up_blocks = ceil_div(widest, matvec_block_rows(quads[0]) // 2)
+    down_blocks = ceil_div(hidden, matvec_block_rows(quads[1]))
     threads = K["kMatvecThreads"]
     return [
         Dispatch("experts_gate_up", (up_blocks, args.pairs), threads, buffers, first),

@@ -336,7 +336,7 @@ MUTANTS = [
     ("metal_backend.mm", "offset:place.offset atIndex", "offset:0 atIndex", None),
     ("metal_backend.mm", "rows + pair", "tokens + pair", None),
     ("metal_backend.mm", "arguments.add[i] = product.add ? 1 : 0", "arguments.add[i] = 0", None),
-    ("metal_backend.mm", "constants[kSecondBits] = second[kBits];", "", None),
+    ("metal_backend.mm", "gate_up[kSecondBits] = up[kBits];", "", None),
     ("metal_backend.mm", "arguments.splits == 1", "arguments.splits > 0", None),
     ("metal_backend.mm", "{{kRouteLogits, logits}, ", "{{kRouteIds, logits}, ", None),
     ("metal_backend.mm", "length:argument.length", "length:4", "4 bytes are bound"),

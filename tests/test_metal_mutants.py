@@ -68,15 +68,15 @@ EXECUTED = [
     Mutant(
         "no barrier between staging inputs and using them",
         "matvec.h",
-        f"      {_BARRIER}\n    }}\n",
-        "    }\n",
+        f"    {_BARRIER}\n    for (uint chunk",
+        "    for (uint chunk",
         _matvec,
     ),
     Mutant(
         "inputs staged while others still use the last",
         "matvec.h",
-        f"      {_BARRIER}\n      stage(",
-        "      stage(",
+        f"    if (begin > 0) {_BARRIER}\n",
+        "",
         lambda run: kernels.test_long_rows_are_shared_by_simdgroups(run, "matvec", 9216),
     ),
     Mutant(
@@ -138,8 +138,8 @@ EXECUTED = [
     Mutant(
         "a return before a barrier",
         "matvec.metal",
-        "  const float sum =",
-        "  if (first >= product.rows) return;\n  const float sum =",
+        "  float total[",
+        "  if (first >= product.rows) return;\n  float total[",
         _matvec,
         "not reached|threadgroup_barrier",
     ),
@@ -209,8 +209,8 @@ EXECUTED = [
     Mutant(
         "up in the format of gate",
         "experts.metal",
-        "up = multiply_rows(second_format()",
-        "up = multiply_rows(first_format()",
+        "{second_format(), find(sources, expert.up)",
+        "{first_format(), find(sources, expert.up)",
         lambda run: kernels.test_gate_and_up_of_different_formats(run, False),
     ),
     Mutant(

@@ -25,7 +25,7 @@ def _library() -> None:
 @pytest.mark.parametrize("file", sorted({path.name for path, _ in nvrtc.kernels().values()}))
 @pytest.mark.parametrize("form", [(4, 64, BF16), (2, 32, F16), (0, 0, F32)], ids=str)
 def test_every_kernel_compiles_for_hopper(file: str, form: tuple[int, int, int]) -> None:
-    cubin = nvrtc.compile_kernels(file, (*form, *form, form[2] and BF16), "sm_90")
+    cubin = nvrtc.compile_kernels(file, (*form, *form, form[2] and BF16, 2), "sm_90")
     for kernel, (path, _) in nvrtc.kernels().items():
         assert path.name != file or f"cuda_{kernel}".encode() in cubin
 

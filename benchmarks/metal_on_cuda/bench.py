@@ -296,7 +296,7 @@ def layer(bench: Bench, top_k: int, full_attention: bool, position: int = 4096) 
             t.reshape(old.shape)
             for t, old in zip((q_gate, k, v), (call.q_gate, call.k, call.v), strict=True)
         )
-        attend = ops.attention(call, 128, mixed)
+        attend = ops.attention(call, 64, mixed)
         for d in attend:
             d.buffers.update({1: q_gate, 2: k, 3: v})
         dispatches += attend
@@ -372,7 +372,7 @@ def everything(bench: Bench) -> None:
     for tokens in (1, 128):
         conv(bench, tokens)
         delta(bench, tokens)
-    attention(bench, 1, 4096, 128)
+    attention(bench, 1, 4096, 64)
     attention(bench, 1, 65536, 512)
     attention(bench, 64, 1000, 1 << 20)
     product(bench, "matmul", 128, 16384, 4096)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import nvrtc
+from shader_arguments import K
 from shader_dispatch import Dispatch
 
 Array = np.ndarray[Any, Any]
@@ -70,11 +71,12 @@ class Gpu:
         return pointer.value
 
     def upload(self, array: Array) -> int:
-        """A copy on the device. With FLASHMOE_INITCHECK, an array of NaNs is left without content,
-        so that compute-sanitizer's initcheck sees who reads it.
+        """A copy on the device. With FLASHMOE_INITCHECK, an array of NaNs that may be written is
+        left without content, so that compute-sanitizer's initcheck sees who reads it.
         """
         pointer = self.allocate(array.nbytes)
-        empty = "FLASHMOE_INITCHECK" in os.environ and array.dtype == np.float32
+        output = array.dtype == np.float32 and array.flags.writeable
+        empty = "FLASHMOE_INITCHECK" in os.environ and output
         if array.nbytes and not (empty and np.isnan(array).all()):
             data = np.ascontiguousarray(array)
             self._call(
@@ -125,7 +127,7 @@ class Gpu:
 
     def launch(self, dispatch: Dispatch, pointers: Mapping[int, int]) -> None:
         """Queues a dispatch whose arrays lie at `pointers`, by index."""
-        constants = tuple(dispatch.constants.get(i, 0) for i in range(7))
+        constants = tuple(dispatch.constants.get(i, 0) for i in range(K["kFunctionConstants"]))
         function = self._function(dispatch.kernel, constants)
         values: list[Any] = []
         for index, is_struct in nvrtc.buffers(dispatch.kernel):

@@ -19,8 +19,8 @@ namespace {
 
 using namespace shaders;
 
-constexpr int kDecodeTokens = 4;  // of a weight, up to which reading it once a token is cheapest
-constexpr uint32_t kLeastKeys = 128;     // of a split of attention: fewer are not worth merging
+constexpr int kDecodeTokens = 4;     // of a weight, up to which reading it once a token is cheapest
+constexpr uint32_t kLeastKeys = 64;  // of a split of attention: fewer are not worth merging
 constexpr uint32_t kEnoughGroups = 128;  // threadgroups that occupy a whole GPU
 constexpr uint32_t kThreads = 256;  // of a threadgroup where the kernel has no number of its own
 
@@ -306,7 +306,11 @@ void MetalBackend::matmul(int n, const float* x, std::span<const Product> produc
 void MetalBackend::multiply(int n, const float* x, std::span<const Product* const> products) {
   const Matrix& first = *products[0]->weight;
   const bool decode = n <= kDecodeTokens;
-  const uint32_t block = decode ? matvec_block_rows(u32(first.cols)) : u32(kTileRows);
+  int64_t rows = 0;
+  for (const Product* product : products) rows += product->weight->rows;
+  Constants constants = format_of(first);
+  if (decode) constants[kQuads] = matvec_quads(u32(rows));
+  const uint32_t block = decode ? matvec_block_rows(constants[kQuads]) : u32(kTileRows);
   ProductArguments arguments{};
   arguments.columns = u32(first.cols);
   arguments.tokens = u32(n);
@@ -326,9 +330,8 @@ void MetalBackend::multiply(int n, const float* x, std::span<const Product* cons
     arguments.first_block[i + 1] = arguments.first_block[i] + divide_up(weight.rows, block);
   }
   const uint32_t blocks = arguments.first_block[products.size()];
-  run(decode ? Kernel::matvec : Kernel::matmul, format_of(first),
-      {bytes(kProductArguments, arguments)}, bindings,
-      MTLSizeMake(blocks, decode ? u32(n) : divide_up(n, kTileTokens), 1),
+  run(decode ? Kernel::matvec : Kernel::matmul, constants, {bytes(kProductArguments, arguments)},
+      bindings, MTLSizeMake(blocks, decode ? u32(n) : divide_up(n, kTileTokens), 1),
       decode ? u32(kMatvecThreads) : u32(kTileThreads));
 }
 
@@ -455,9 +458,9 @@ void MetalBackend::encode(Batch& batch) {
   }
   const bool decode = arguments.pairs <= kDecodeTokens * arguments.count;
   const uint32_t threads = decode ? u32(kMatvecThreads) : u32(kTileThreads);
-  const auto grid = [&](uint32_t outputs, uint32_t inputs) {
-    const uint32_t block = decode ? matvec_block_rows(inputs) : u32(kTileRows);
-    return MTLSizeMake(divide_up(outputs, block), decode ? arguments.pairs : tiles, 1);
+  const auto grid = [&](uint32_t rows, uint32_t decode_rows) {
+    return MTLSizeMake(divide_up(rows, decode ? decode_rows : u32(kTileRows)),
+                       decode ? arguments.pairs : tiles, 1);
   };
   const Bytes own = bytes(kExpertArguments, arguments);
   float* activations = floats(activations_, size_t{arguments.pairs} * arguments.stride);
@@ -472,15 +475,19 @@ void MetalBackend::encode(Batch& batch) {
   }
 
   const ExpertCall& first = *batch.calls.front();
-  Constants constants = format_of(first.gate);
-  const Constants second = format_of(first.up);
-  constants[kSecondBits] = second[kBits];
-  constants[kSecondGroup] = second[kGroup];
-  constants[kSecondDType] = second[kDType];
-  run(decode ? Kernel::experts_gate_up : Kernel::experts_gate_up_tiles, constants, {own}, bindings,
-      grid(widest, arguments.hidden), threads);
-  run(decode ? Kernel::experts_down : Kernel::experts_down_tiles, format_of(first.down), {own},
-      bindings, grid(arguments.hidden, arguments.stride), threads);
+  Constants gate_up = format_of(first.gate), down = format_of(first.down);
+  const Constants up = format_of(first.up);
+  gate_up[kSecondBits] = up[kBits];
+  gate_up[kSecondGroup] = up[kGroup];
+  gate_up[kSecondDType] = up[kDType];
+  if (decode) {
+    gate_up[kQuads] = matvec_quads(2 * widest * arguments.pairs);
+    down[kQuads] = matvec_quads(arguments.hidden * arguments.pairs);
+  }
+  run(decode ? Kernel::experts_gate_up : Kernel::experts_gate_up_tiles, gate_up, {own}, bindings,
+      grid(widest, matvec_block_rows(gate_up[kQuads]) / 2), threads);
+  run(decode ? Kernel::experts_down : Kernel::experts_down_tiles, down, {own}, bindings,
+      grid(arguments.hidden, matvec_block_rows(down[kQuads])), threads);
 }
 
 }  // namespace
