@@ -43,7 +43,7 @@ for word; do
   previous=; [ \"\$word\" = -framework ] && previous=-framework
 done
 exec $python -m ziglang c++ -target $target \"\$@\""
-  cmake -S . -B "$build/$target" -G Ninja -DCMAKE_BUILD_TYPE=Release \
+  cmake -S . -B "$build/$target" -G Ninja -DCMAKE_BUILD_TYPE=Release -DFLASHMOE_WERROR=ON \
     -DCMAKE_CXX_COMPILER="$build/$target-c++" -DCMAKE_OBJCXX_COMPILER="$build/$target-c++" \
     -DCMAKE_AR="$build/ar" -DCMAKE_RANLIB="$build/ranlib" -DPython_EXECUTABLE="$python" \
     -DPython_INCLUDE_DIR="$build/include" "${@:2}" >"$build/$target.log"

@@ -56,6 +56,7 @@ class Simulator:
             "CMAKE_MODULE_LINKER_FLAGS": counters,
             "CMAKE_EXPORT_COMPILE_COMMANDS": "ON",
             "FLASHMOE_METAL_SIMULATOR": "ON",
+            "FLASHMOE_WERROR": "ON",
             "Python_EXECUTABLE": sys.executable,
         }
         command = ["cmake", "-S", str(ROOT), "-B", str(self.build), "-G", "Ninja"]

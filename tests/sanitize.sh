@@ -8,7 +8,7 @@ mkdir -p "$1"
 build=$(cd "$1" && pwd)
 python=$(command -v python3)
 cmake -S . -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFLASHMOE_SANITIZE=ON \
-  -DFLASHMOE_NATIVE_TESTS=ON -DPython_EXECUTABLE="$python" >"$build.log"
+  -DFLASHMOE_NATIVE_TESTS=ON -DFLASHMOE_WERROR=ON -DPython_EXECUTABLE="$python" >"$build.log"
 cmake --build "$build" -j 2
 rm -rf "$build/site"
 mkdir "$build/site"
