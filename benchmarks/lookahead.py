@@ -37,10 +37,12 @@ def routes(ids: list[int], top_k: int) -> tuple[np.ndarray, np.ndarray]:
     def keep(_module: Any, inputs: tuple[torch.Tensor]) -> None:
         states.append(inputs[0][0])
 
-    for layer in layers:
-        layer.post_attention_layernorm.register_forward_pre_hook(keep)
+    norms = [layer.post_attention_layernorm for layer in layers]
+    hooks = [norm.register_forward_pre_hook(keep) for norm in norms]
     with torch.no_grad():
         model(torch.tensor([ids]))
+        for hook in hooks:
+            hook.remove()
 
         def choose(layer: Any, state: torch.Tensor) -> np.ndarray:
             logits = layer.post_attention_layernorm(state) @ layer.mlp.gate.weight.T

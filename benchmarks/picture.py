@@ -79,7 +79,7 @@ def main() -> None:
     axes[0, 0].legend(frameon=False)
     rooms = {f"{room} %": engines(load(f"room-{room}")["runs"], "decode") for room in (25, 35, 50)}
     bars(axes[0, 1], rooms)
-    axes[0, 1].set_title("decode from a cold start, room for a part of the experts")
+    axes[0, 1].set_title("decode with room for a part of the experts")
     rows = load("context")
     names = {"else": "experts, router, head", "delta": "GatedDeltaNet", "attention": "attention"}
     axes[1, 0].stackplot(
