@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from against_llama_cpp import FlashMoe
+from against_peers import FlashMoe
 
 from flashmoe.checkpoint import Checkpoint
 from flashmoe.machine import memory_rate, peak_memory

@@ -7,7 +7,7 @@
 
 Each run is a fresh process in a cgroup whose memory limit has room for the resident weights and
 for the given share of the experts, with the files dropped from the page cache; the engines take
-turns. Both take in the same random ids with the same weights (see against_llama_cpp.py), so they
+turns. Both take in the same random ids with the same weights (see against_peers.py), so they
 need the same experts. llama.cpp maps its file, without repacking, which would not fit; it is run
 with the disk's readahead as it is and with the --readahead given, for reading ahead is what it
 depends on. What was read is compared with what a cache of whole experts would have to, least
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from against_llama_cpp import PEERS, FlashMoe, exported, summary
+from against_peers import PEERS, FlashMoe, exported, summary
 from limits import drop, memory_limit, readahead, readahead_of
 
 from flashmoe.checkpoint import Checkpoint

@@ -1,14 +1,15 @@
-"""Flash-MoE against llama.cpp on the same weights, tokens and threads, everything in memory.
+"""Flash-MoE against llama.cpp or mlx on the same weights and tokens, everything in memory.
 
     pip install llama-cpp-python gguf
     python benchmarks/make_checkpoint.py /tmp/m1 --preset m1
-    python benchmarks/against_llama_cpp.py /tmp/m1
+    python benchmarks/against_peers.py /tmp/m1
 
-The checkpoint is exported to GGUF (Q4_0, the same weights; see gguf_export.py) beside itself,
-once. Each engine runs in a process of its own; they take turns, so that what the machine does
-meanwhile meets both. Both take in the same ids (no sampling), so the experts that are needed are
-the same: the correlation of their logits is printed as proof. llama.cpp runs at its default, which
-repacks weights.
+For llama.cpp the checkpoint is exported to GGUF (Q4_0, the same weights; see gguf_export.py) beside
+itself, once; mlx reads it as it lies, if it is not packed. Each engine runs in a process of its
+own; they take turns, so that what the machine does meanwhile meets both. Both take in the same ids
+(no sampling), so the experts that are needed are the same: the correlation of their logits is
+printed as proof. llama.cpp runs at its default, which repacks weights, with the same number of
+threads; mlx chooses its own.
 """
 
 from __future__ import annotations
@@ -98,7 +99,26 @@ class LlamaCpp:
         return np.ctypeslib.as_array(last, (self.vocab,)).copy()
 
 
-PEERS = {"flashmoe": FlashMoe, "llama.cpp": LlamaCpp}
+class Mlx:
+    def __init__(self, source: Path, threads: int, context: int, options: dict[str, Any]) -> None:
+        from mlx_lm.utils import load_model  # noqa: PLC0415
+
+        self.model, _ = load_model(source)
+        self.reset()
+
+    def reset(self) -> None:
+        from mlx_lm.models.cache import make_prompt_cache  # noqa: PLC0415
+
+        self.cache = make_prompt_cache(self.model)
+
+    def feed(self, ids: Ids) -> Logits:
+        import mlx.core as mx  # noqa: PLC0415
+
+        logits = self.model(mx.array(ids[None]), cache=self.cache)[0, -1]
+        return np.array(logits.astype(mx.float32))
+
+
+PEERS = {"flashmoe": FlashMoe, "llama.cpp": LlamaCpp, "mlx": Mlx}
 
 
 def serve(name: str, source: Path, threads: int, context: int, options: dict[str, Any]) -> None:
@@ -161,6 +181,7 @@ def summary(values: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--peer", choices=["llama.cpp", "mlx"], default="llama.cpp")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompt", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=64)
@@ -181,7 +202,6 @@ def main() -> None:
         )
         return
 
-    gguf_file = exported(arguments.checkpoint)
     config = json.loads((arguments.checkpoint / "config.json").read_text())
     config = config.get("text_config", config)
     common = ["--threads", str(arguments.threads), "--prompt", str(arguments.prompt)]
@@ -192,24 +212,26 @@ def main() -> None:
         "cache_bytes": int(arguments.cache * 1e9),
     }
     ours = Worker("flashmoe", arguments.checkpoint, common, options)
-    theirs = Worker("llama.cpp", gguf_file, common, {})
+    peer = arguments.peer
+    same = exported(arguments.checkpoint) if peer == "llama.cpp" else arguments.checkpoint
+    theirs = Worker(peer, same, common, {})
     rng = np.random.default_rng(0)
     ids = rng.integers(0, config["vocab_size"], arguments.prompt + arguments.tokens).tolist()
     task = (ids[: arguments.prompt], ids[arguments.prompt :])
     warm = [worker.run(*task) for worker in (ours, theirs)]
     a, b = (np.array(answer["logits"]) for answer in warm)
     print(f"correlation of the two engines' last logits: {np.corrcoef(a, b)[0, 1]:.6f}")
-    results: dict[str, list[dict[str, Any]]] = {"flashmoe": [], "llama.cpp": []}
+    results: dict[str, list[dict[str, Any]]] = {"flashmoe": [], peer: []}
     memory = []
     for _ in range(arguments.runs):
         memory.append(memory_rate(arguments.threads))
         results["flashmoe"].append(ours.run(*task))
-        results["llama.cpp"].append(theirs.run(*task))
+        results[peer].append(theirs.run(*task))
     for what in ("decode", "prefill"):
         speeds = {name: [r[what] for r in runs] for name, runs in results.items()}
         if speeds["flashmoe"][0] is None:
             continue
-        ratios = [x / y for x, y in zip(speeds["flashmoe"], speeds["llama.cpp"], strict=True)]
+        ratios = [x / y for x, y in zip(speeds["flashmoe"], speeds[peer], strict=True)]
         print(f"{what}, tok/s, median of {arguments.runs} alternating runs (least .. most)")
         for name, values in speeds.items():
             print(f"  {name:10s} {summary(values)}")
