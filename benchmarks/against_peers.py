@@ -29,7 +29,7 @@ import numpy.typing as npt
 from flashmoe.bench import bytes_touched
 from flashmoe.checkpoint import Checkpoint
 from flashmoe.machine import available_memory, memory_rate
-from flashmoe.model import prompt_chunk
+from flashmoe.memory import prompt_chunk
 
 Ids = npt.NDArray[np.int32]
 Logits = npt.NDArray[np.float32]

@@ -17,7 +17,7 @@ from flashmoe import Model, machine
 from flashmoe.checkpoint import Checkpoint
 from flashmoe.config import ModelConfig
 from flashmoe.info import describe, summarise
-from flashmoe.model import default_cache
+from flashmoe.memory import default_cache
 from flashmoe.report import info_lines, size
 from flashmoe.safetensors import Tensor
 

@@ -390,7 +390,7 @@ def test_planted_faults_are_rejected(
 
 
 def test_every_line_of_the_host_code_is_run(simulator: Simulator) -> None:
-    """By the tests above, in this session or, alone, by the runs below."""
+    """By the tests above, in this session, and the runs below."""
     directory = demo(simulator)
     simulator.logits(directory, random_ids(6000, 140), one_by_one=1, cache_bytes=64 << 20)
     simulator.logits(directory, random_ids(6000, 5), overlap=True)

@@ -11,7 +11,7 @@ import pytest
 from fake_engine import FakeEngine, hashed, install, make_directory, make_tokenizer, spelling
 
 import flashmoe
-from flashmoe.model import parse_bytes, prompt_chunk
+from flashmoe.memory import parse_bytes, prompt_chunk
 
 
 @pytest.fixture

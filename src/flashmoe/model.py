@@ -7,7 +7,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import sys
 import threading
 import time
@@ -24,6 +23,7 @@ from flashmoe import machine
 from flashmoe.chat import ChatTemplate, Message
 from flashmoe.checkpoint import Checkpoint
 from flashmoe.errors import ArgumentError, CheckpointError, DeviceError, StateError
+from flashmoe.memory import default_cache, parse_bytes, prompt_chunk
 from flashmoe.sampling import Sampler, Sampling
 from flashmoe.source import find_model
 from flashmoe.state import State
@@ -541,56 +541,6 @@ def open_engine(
         except DeviceError as error:
             log.warning('%s; going on with backend="cpu"', error)
     return load("cpu")
-
-
-def default_cache(checkpoint: Checkpoint, available: int) -> int:
-    """Bytes to keep experts in: all of them where they fit into 70 % of the available memory.
-
-    Else what is left of these 70 % beside the resident weights: a cache of our own, read past the
-    page cache, is 1.6 to 2.2 times as fast on Linux as leaving the same memory to the page cache
-    (docs/performance.md). Else, and on macOS where the original engine found the opposite, 0.
-    """
-    # A slot of the native store: parts at the offsets within a page that they have in the file.
-    largest = max(layer.expert_bytes for layer in checkpoint.experts) + 9 * 2 * 4096
-    slot = -(-largest // (16 << 10)) * (16 << 10)
-    experts = slot * checkpoint.config.num_experts * len(checkpoint.experts)
-    resident = sum(matrix.format.nbytes for matrix in checkpoint.matrices.values())
-    left = max(0, int(0.7 * available) - resident)
-    if experts <= left:
-        return experts
-    return 0 if sys.platform == "darwin" else left
-
-
-def prompt_chunk(config: ModelConfig, experts_per_token: int, available: int) -> int:
-    """Prompt tokens to compute together: a power of two from 128 to 2048.
-
-    A chunk reads nearly every expert once, so that the longest is the fastest; its activations
-    take at most 5 % of the available memory.
-    """
-    heads = 2 * config.num_attention_heads * config.head_dim
-    values = config.linear_num_value_heads * config.linear_value_head_dim
-    keys = config.linear_num_key_heads * config.linear_key_head_dim
-    floats = (3 + experts_per_token) * config.hidden_size + config.num_experts
-    floats += max(heads, 2 * keys + values) + max(heads // 2, values) * 2
-    floats += 2 * (experts_per_token + 1) * config.moe_intermediate_size
-    chunk = 2048
-    while chunk > 128 and chunk * floats * 4 > 0.05 * available:
-        chunk //= 2
-    return chunk
-
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-
-
-def parse_bytes(size: int | str) -> int:
-    """Bytes from a number or from text such as "4GB" (10^9) or "512MiB" (2^20)."""
-    if isinstance(size, int) and not isinstance(size, bool) and size >= 0:
-        return size
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)(I?)B?", str(size).strip().upper())
-    if not isinstance(size, str) or match is None or (match[3] and not match[2]):
-        raise ArgumentError(f'a size is bytes, 0 or more, or text such as "4GB"; got {size!r}')
-    return int(float(match[1]) * (_BINARY if match[3] else _UNITS)[match[2]])
 
 
 def _fingerprint(checkpoint: Checkpoint) -> str:

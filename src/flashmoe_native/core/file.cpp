@@ -65,6 +65,12 @@ bool File::open_direct() {
   if (direct_ >= 0) return true;
 #if defined(O_DIRECT)
   direct_ = open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);
+  // Some file systems take the flag and then refuse to read.
+  alignas(kDirectUnit) std::byte unit[kDirectUnit];
+  if (direct_ >= 0 && pread(direct_, unit, sizeof unit, 0) < 0 && errno == EINVAL) {
+    close(direct_);
+    direct_ = -1;
+  }
 #elif defined(F_NOCACHE)
   direct_ = open(path_.c_str(), O_RDONLY | O_CLOEXEC);
   if (direct_ >= 0) fcntl(direct_, F_NOCACHE, 1);
