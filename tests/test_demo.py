@@ -1,5 +1,6 @@
 """The model inside the package: a language model, and the same one in every library."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,15 @@ def test_it_answers_in_sentences() -> None:
         answer = "".join(t.text for t in model.chat(asked, temperature=0, max_tokens=100))
     assert answer.startswith("A mixture of experts is a neural network whose feed-forward layers")
     assert answer.endswith("are not needed for any one token.")
+
+
+def test_what_the_readme_quotes_comes_out() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    start, seed = re.search(r'With `"(.*)"`, seed (\d+), it writes', readme).groups()
+    quoted = " ".join(re.findall(r"^> (.*)$", readme, re.MULTILINE))
+    with flashmoe.Model("demo") as model:
+        text = "".join(t.text for t in model.generate(start, max_tokens=60, seed=int(seed)))
+    assert " ".join((start + text).split()).startswith(quoted)
 
 
 @pytest.mark.reference

@@ -1,5 +1,6 @@
 """Results are the same bits whatever the threads, the chunk size, and what was cached."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,6 +51,11 @@ def test_caching_changes_no_bit(name: str, precision: str, checkpoint: GetCheckp
     read_once = cached.native.stats()["reads"]
     assert np.array_equal(expected, cached.logits(ids))
     assert cached.native.stats()["reads"] == read_once  # the second pass found all in slots
+    if hasattr(os, "posix_fadvise"):
+        for file in directory.glob("*.safetensors"):
+            with file.open("rb") as stream:
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        assert np.array_equal(expected, uncached.logits(ids))  # read from the disk
     # A cache that holds a part, read past the page cache.
     assert np.array_equal(
         expected, TestEngine(directory, precision=precision, cache_bytes=1).logits(ids)

@@ -186,8 +186,7 @@ void ExpertStore::start(int layer, std::span<const int32_t> experts,
   read_backlog();
 }
 
-void ExpertStore::read_ahead() {
-  const int layer = layer_ + 1;
+void ExpertStore::read_ahead(int layer) {
   const auto& spec = layers_[layer];
   const int experts = static_cast<int>(spec.extents.size()) / spec.parts();
   // Those in slots first, lest one is thrown out for another.

@@ -62,9 +62,10 @@ class ExpertStore {
   // Starts reading what is not in a slot. `experts` are distinct, uses[i] is the number of tokens
   // that need experts[i]. Only after all of the last start() was given and released, or cancelled.
   void start(int layer, std::span<const int32_t> experts, std::span<const int32_t> uses);
-  // All experts of the next layer will probably be needed: reads them behind those of this one, as
-  // far as slots reach, and keeps them until the next start(). Not while starved().
-  void read_ahead();
+  // All experts of the layer that start() will be called for next will probably be needed: reads
+  // them, as far as slots reach, behind what is being read, and keeps them until that start(). Not
+  // while starved().
+  void read_ahead(int layer);
   // The experts that have landed since the last call: at least one, or none when all were given.
   // `check` is called now and then while waiting and may throw. Throws ReadError.
   std::span<const Arrived> next(const std::function<void()>& check);

@@ -77,6 +77,8 @@ void Forward::run(State& state, std::span<const int32_t> ids, const Output& out,
   const int n = static_cast<int>(ids.size());
   state.reserve(state.position() + n);
   try {
+    // With three choices to an expert, few of the first layer's experts are not chosen.
+    if (n * config_.top_k >= 3 * config_.experts) store_.read_ahead(0);
     backend_.embed(weights_.embed_tokens, ids, x_);
     backend_.rms_norm(n, config_.hidden, x_, weights_.layers[0].input_layernorm, config_.norm_eps,
                       normed_);
@@ -201,7 +203,7 @@ void Forward::mixture_of_experts(int layer, int n, int32_t* routing,
   auto arrived = store_.ready();
   while (true) {
     if (go_ahead && !store_.starved()) {
-      store_.read_ahead();
+      store_.read_ahead(layer + 1);
       go_ahead = false;
     }
     for (const ExpertStore::Arrived& expert : arrived) calls_.push_back(call_of(expert));
