@@ -336,6 +336,7 @@ void bind_engine(nb::module_& m) {
       .def(
           "fork",
           [](PyState& self) {
+            const nb::gil_scoped_release release;
             const Engine::Use use(self.engine);
             return new PyState{self.engine, self.state.fork()};
           },
