@@ -1,9 +1,8 @@
 """Kernels compiled by Apple's own compiler give the right results in the executor: it is a GPU as
 Apple's compiler understands one. They are MLX's, from its wheel for macOS:
 
-    pip download --no-deps --only-binary=:all: --platform macosx_14_0_arm64 -d wheels \\
-      mlx-metal==0.32.4
-    FLASHMOE_MLX_METAL=wheels pytest tests/test_metal_apple.py
+    pip download --no-deps --only-binary=:all: --platform macosx_14_0_arm64 -d . mlx-metal==0.32.4
+    FLASHMOE_MLX_METAL=. pytest tests/test_metal_apple.py
 """
 
 import os
