@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -41,17 +41,18 @@ class Sampling:
     presence_penalty: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, allowed, text in (
-            ("temperature", lambda x: x >= 0, "0 (greedy) or more"),
-            ("top_k", lambda x: x >= 0 and x == int(x), "a whole number, 0 (off) or more"),
+        rules: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+            ("temperature", lambda x: 0 <= x <= 1e6, "between 0 (greedy) and 1000000"),
+            ("top_k", lambda x: 0 <= x < 2**31 and x == int(x), "a whole number, 0 (off) or more"),
             ("top_p", lambda x: 0 < x <= 1, "more than 0 and at most 1 (off)"),
             ("min_p", lambda x: 0 <= x <= 1, "between 0 (off) and 1"),
-            ("repetition_penalty", lambda x: x > 0, "more than 0 (1 is off)"),
-            ("presence_penalty", lambda x: True, "a finite number (0 is off)"),
-        ):
+            ("repetition_penalty", lambda x: 1e-3 <= x <= 1e3, "0.001 to 1000 (1 is off)"),
+            ("presence_penalty", lambda x: -1e6 <= x <= 1e6, "-1000000 to 1000000 (0 is off)"),
+        )
+        for name, allowed, text in rules:
             value = getattr(self, name)
             number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-            if not number or not math.isfinite(value) or not allowed(value):
+            if not number or not allowed(value):  # no comparison holds for NaN
                 raise ArgumentError(f"{name} must be {text}; got {value!r}")
 
     @classmethod
