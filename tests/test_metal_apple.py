@@ -27,7 +27,7 @@ SOFTMAX = "block_softmax_float32"
 @pytest.fixture(scope="module")
 def apple(tmp_path_factory: pytest.TempPathFactory) -> Executor:
     wheels = sorted(Path(os.environ.get("FLASHMOE_MLX_METAL", "/nowhere")).glob("mlx_metal-*.whl"))
-    if not wheels:
+    if not wheels:  # tests download nothing; .ci/run does
         pytest.skip("needs MLX's wheel for macOS; see the top of this file")
     if missing_tools():
         pytest.skip(f"needs {' and '.join(missing_tools())}")

@@ -191,12 +191,15 @@ void ExpertStore::read_ahead(int layer) {
   const int experts = static_cast<int>(spec.extents.size()) / spec.parts();
   // Those in slots first, lest one is thrown out for another.
   for (int expert = 0; expert < experts; ++expert) {
-    const int slot = slot_of(layer, expert);
-    if (slot < 0) continue;
-    pin(slot);
-    slots_[slot].purpose = Purpose::kAhead;
-    slots_[slot].was_read = false;
-    ahead_.push_back(slot);
+    const int at = slot_of(layer, expert);
+    if (at < 0) continue;
+    Slot& slot = slots_[at];
+    if (slot.purpose == Purpose::kAsked) {
+      pin(at);
+      slot.was_read = false;
+    }  // else a read in vain that is still under way: it pins the slot
+    slot.purpose = Purpose::kAhead;
+    ahead_.push_back(at);
   }
   for (int expert = 0; expert < experts; ++expert) {
     if (slot_of(layer, expert) < 0 && !try_read(layer, expert, true)) break;
