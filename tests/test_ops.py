@@ -441,8 +441,10 @@ def test_attention(isa, n, position, heads, kv_heads, dim, rotary, dtype):
     rope = {"rotary_dim": rotary, "rope_theta": 1e4, "eps": 1e-6}
     expected, keys, values = attention_reference(**inputs, **rope)
     out = backend().attention(**inputs, **rope)
-    # A key that falls on the other side of a bfloat16 rounding than the reference's moves the rest.
-    close(out, expected, 3e-5 if dtype == "F32" else 2e-3)
+    # A key that falls on the other side of a bfloat16 rounding than the reference's moves the rest;
+    # queries and weights that are rounded too, each by up to 2^-9, move it as much again.
+    tolerance = {"F32": 3e-5, "BF16": 8e-3 if isa == "avx512-bf16" else 2e-3}
+    close(out, expected, tolerance[dtype])
     seen = slice(0, position + n)
     for cache, reference in ((inputs["keys"], keys), (inputs["values"], values)):
         stored = from_bf16(cache) if dtype == "BF16" else cache

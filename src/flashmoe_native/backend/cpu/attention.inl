@@ -2,6 +2,8 @@
 // aligned to absolute positions; a block's partial result is computed on its own and the blocks are
 // merged in order, so a token's result does not depend on how the work was divided.
 
+#include "backend/cpu/softmax.inl"
+
 constexpr int kQueries = kLanes == 16 ? 4 : 2;  // whose sums fit into registers
 constexpr int kScoreKeys = 4;                   // divides kKeyTile
 
@@ -129,21 +131,6 @@ FLASHMOE_INLINE void weigh_tile(const float* p, const float* values, int count, 
   for (; i < width; i += kLanes) {
     weigh_columns<Q, 1>(p, values + i, count, width, weighted + i);
   }
-}
-
-// The first `count` of kKeyBlock scores become exp(score - max), the rest of them 0.
-FLASHMOE_INLINE void exponentiate(float* scores, int count, float* max, float* total) {
-  for (int i = count; i < kKeyBlock; ++i) scores[i] = -__builtin_inff();
-  Floats top = load(scores);
-  for (int i = kLanes; i < count; i += kLanes) top = maximum(top, load(scores + i));
-  *max = largest(top);
-  Floats sums = {};
-  for (int i = 0; i < kKeyBlock; i += kLanes) {
-    const Floats p = i < count ? exponential(load(scores + i) - *max) : Floats{};
-    store(scores + i, p);
-    sums += p;
-  }
-  *total = sum(sums);
 }
 
 void attention_block(const AttentionCall& call, const AttentionBlock& block, const float* q,

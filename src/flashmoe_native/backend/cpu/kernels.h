@@ -105,7 +105,8 @@ inline size_t delta_scratch(const DeltaCall& call) {
 inline size_t attention_scratch(const AttentionCall& call, const AttentionBlock& block) {
   const size_t queries =
       static_cast<size_t>(block.last - block.first) * (call.heads / call.kv_heads);
-  return queries * kKeyBlock + static_cast<size_t>(kKeyTile) * padded(call.head_dim);
+  // Scores, and a tile as float32; or scores, a tile and the queries as bfloat16.
+  return queries * kKeyBlock + (kKeyTile + queries) * padded(call.head_dim);
 }
 
 // The tables that were compiled and that this machine can run, the best last.

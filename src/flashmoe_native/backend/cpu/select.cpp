@@ -18,6 +18,7 @@ const Kernels* portable_kernels();
 #ifdef __x86_64__
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
+const Kernels* avx512_bf16_kernels();
 #elif defined(__aarch64__)
 const Kernels* neon_kernels();
 const Kernels* neon_dotprod_kernels();
@@ -59,6 +60,7 @@ std::vector<const Kernels*> available_kernels() {
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512vnni")) {
       found.push_back(avx512_kernels());
+      if (__builtin_cpu_supports("avx512bf16")) found.push_back(avx512_bf16_kernels());
     }
   }
 #elif defined(__aarch64__)
