@@ -23,10 +23,10 @@ FLASHMOE_INLINE __m512i load_halves(const uint16_t* row, int count) {
   return _mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint32_t{1} << count) - 1), row);
 }
 
-// Rows of a tile follow one another in memory, and so does the next tile: it is on its way while this
-// one is computed with.
-FLASHMOE_INLINE void prefetch_next_tile(const uint16_t* row, int dim) {
-  for (int i = 0; i < dim; i += kHalves) __builtin_prefetch(row + kKeyTile * dim + i, 0, 2);
+// Rows follow one another in memory: those of the next vector of keys are on their way while this one
+// is computed with.
+FLASHMOE_INLINE void prefetch_ahead(const uint16_t* row, int dim) {
+  __builtin_prefetch(row + kLanes * dim);
 }
 
 // `count` keys, as pairs of dimensions: tile[pair][kKeyTile], zero past the last key.
@@ -37,6 +37,7 @@ FLASHMOE_INLINE void pack_keys(const uint16_t* keys, int count, int dim, uint32_
       for (int key = 0; key < kLanes; ++key) {
         const bool there = first + key < count;
         const uint16_t* row = keys + (first + key) * dim;
+        prefetch_ahead(row + i, dim);
         rows[key] = there ? reinterpret_cast<Ints>(load_halves(row + i, dim - i)) : Ints{};
       }
       transpose(rows);
@@ -44,9 +45,6 @@ FLASHMOE_INLINE void pack_keys(const uint16_t* keys, int count, int dim, uint32_
       for (int pair = 0; pair < pairs; ++pair) {
         __builtin_memcpy(tile + (i / 2 + pair) * kKeyTile + first, &rows[pair], sizeof rows[pair]);
       }
-    }
-    for (int key = first; key < first + kLanes && key < count; ++key) {
-      prefetch_next_tile(keys + key * dim, dim);
     }
   }
 }
@@ -68,6 +66,8 @@ FLASHMOE_INLINE void pack_values(const uint16_t* values, int count, int dim, uin
     const uint16_t* row = values + j * dim;
     uint32_t* to = tile + j / 2 * width;
     for (int i = 0; i < width; i += kHalves) {
+      prefetch_ahead(row + i, dim);
+      prefetch_ahead(row + dim + i, dim);
       const __m512i a = load_halves(row + i, dim - i);
       const __m512i b = j + 1 < count ? load_halves(row + dim + i, dim - i) : __m512i{};
       _mm512_storeu_si512(to + i, _mm512_permutex2var_epi16(a, low, b));
@@ -75,8 +75,6 @@ FLASHMOE_INLINE void pack_values(const uint16_t* values, int count, int dim, uin
         _mm512_storeu_si512(to + i + kLanes, _mm512_permutex2var_epi16(a, high, b));
       }
     }
-    prefetch_next_tile(row, dim);
-    if (j + 1 < count) prefetch_next_tile(row + dim, dim);
   }
 }
 
