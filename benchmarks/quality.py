@@ -1,12 +1,13 @@
 """What fewer experts per token and fewer bits cost, and which experts a text uses.
 
     pip install . matplotlib
-    python benchmarks/quality.py WORK --bf16 DIR
+    python benchmarks/quality.py MODEL WORK
 
 measures on the held-out text and prompts in tests/data, through the engine, and writes
-docs/quality.json, docs/quality.svg, docs/routing.svg and the tables of docs/quality.md. DIR is the
-demo model in bf16 (tools/train_demo/MODEL_CARD.md). WORK keeps what is done: stopped, the same
-command goes on. Activations are float32 throughout, so that only weights and routing differ.
+docs/quality.json, docs/quality.svg, docs/routing.svg and the tables of docs/quality.md. MODEL is
+what the recipe of the demo model exports: MODEL/bf16 and MODEL/mlx-4bit
+(tools/train_demo/MODEL_CARD.md). WORK keeps what is done: stopped, the same command goes on.
+Activations are float32 throughout, so that only weights and routing differ.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 
 import flashmoe
-from flashmoe import evaluate
+from flashmoe import evaluate, machine
 from flashmoe.pack import pack
 
 ROOT = Path(__file__).parents[1]
@@ -40,14 +41,14 @@ PROMPTS = 40  # with a schema, and as many that want a tool call
 ANSWER = 256  # tokens; the longest right answer has fewer
 
 
-def checkpoints(work: Path, bf16: Path) -> dict[str, Path]:
-    """The model at each width. 4 bits is the model in the package, as mlx-lm quantised it."""
-    demo = ROOT / "src/flashmoe/demo_model"
-    packs = {"8": (bf16, 8), "4": (demo, 4), "2": (bf16, 2), "2of4": (demo, 2)}
+def checkpoints(model: Path, work: Path) -> dict[str, Path]:
+    """The model at each width. 4 bits is as mlx-lm quantised it, which is what the package ships."""
+    bf16, mlx = model / "bf16", model / "mlx-4bit"
+    packs = {"8": (bf16, 8), "2": (bf16, 2), "2of4": (mlx, 2)}
     for name, (source, bits) in packs.items():
         if not (work / name / "config.json").exists():
             pack(source, work / name, bits=bits)
-    return {name: work / name for name in packs} | {"16": bf16, "4": demo}
+    return {name: work / name for name in packs} | {"16": bf16, "4": mlx}
 
 
 class Remembered:
@@ -232,18 +233,18 @@ def draw(results: dict[tuple[str, int], dict[str, Any]], found: dict[str, Any]) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--bf16", type=Path, required=True)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    models = checkpoints(args.work, args.bf16)
+    models = checkpoints(args.model, args.work)
     if not (args.work / "reference.npy").exists():
         text = evaluate.read_text(DATA / "heldout.txt", NBYTES)
-        with flashmoe.Model(args.bf16, experts_per_token=None, precision="float32") as model:
+        with flashmoe.Model(models["16"], experts_per_token=None, precision="float32") as model:
             remember(model, text, args.work / "reference.npy")
     jobs = [(args.work, models[bits], bits, experts) for experts in EXPERTS for bits in BITS]
     todo = [job for job in jobs if not (args.work / f"result-{job[2]}-{job[3]}.json").exists()]
-    with multiprocessing.Pool(2) as pool:
+    with multiprocessing.Pool(machine.physical_cores()) as pool:
         pool.map(measure, todo, chunksize=1)
     rows = [json.loads((args.work / f"result-{j[2]}-{j[3]}.json").read_text()) for j in jobs]
     results = {(row["bits"], row["experts"]): row for row in rows}

@@ -123,7 +123,6 @@ class ExpertStore {
   void read(int slot, const Piece& piece);
   void pin(int slot);
   void unpin(int slot);
-  std::span<const Arrived> take_landed();
   void forget(int slot);
   Layout layout(const ExpertsSpec& spec, int expert) const;
   Arrived arrived(int slot) const;
