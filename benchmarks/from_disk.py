@@ -7,11 +7,13 @@
 
 Each run is a fresh process in a cgroup whose memory limit has room for the resident weights and
 for the given share of the experts, with the files dropped from the page cache; the engines take
-turns. Both take in the same random ids with the same weights (see against_peers.py), so they
-need the same experts. llama.cpp maps its file, without repacking, which would not fit; it is run
-with the disk's readahead as it is and with the --readahead given, for reading ahead is what it
-depends on. What was read is compared with what a cache of whole experts would have to, least
-recently used out first, over the same room; the disk's own rate is measured in the same run.
+turns. Before its clock starts a process has touched the memory that it will fill, for the host of a
+virtual machine may provide that slowly (see limits.py). Both take in the same random ids with the
+same weights (see against_peers.py), so they need the same experts. llama.cpp maps its file, without
+repacking, which would not fit; it is run with the disk's readahead as it is and with the
+--readahead given, for reading ahead is what it depends on. What was read is compared with what a
+cache of whole experts would have to, least recently used out first, over the same room; the disk's
+own rate is measured in the same run.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from typing import Any
 
 import numpy as np
 from against_peers import PEERS, FlashMoe, exported, summary
-from limits import drop, memory_limit, readahead, readahead_of
+from limits import drop, memory_limit, readahead, readahead_of, touch
 
 from flashmoe.checkpoint import Checkpoint
 from flashmoe.machine import disk_rate
@@ -40,6 +42,7 @@ OVERHEAD = 300_000_000  # bytes of an engine beside weights: interpreter, activa
 
 def serve(name: str, source: Path, task: dict[str, Any]) -> None:
     """One run: load, prompt, decode; prints what it took."""
+    touch(task["room"])
     start = time.perf_counter()
     ids = np.array(task["ids"], np.int32)
     split = task["prompt"]
@@ -136,6 +139,7 @@ def main() -> None:
     rng = np.random.default_rng(0)
     ids = rng.integers(0, config.vocab_size, arguments.prompt + arguments.tokens).tolist()
     task = {"ids": ids, "prompt": arguments.prompt, "threads": arguments.threads}
+    task["room"] = resident + room
     options = {"experts_per_token": config.num_experts_per_tok, "cache_bytes": room}
     ours = task | {"options": options}
     theirs = task | {"options": {"use_mmap": True, "use_extra_bufts": False}}

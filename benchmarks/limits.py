@@ -1,13 +1,28 @@
-"""What a benchmark does to the machine around a process: a memory limit, cold files, readahead."""
+"""What a benchmark does to the machine around a process: memory, cold files, readahead."""
 
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
+
 CGROUPS = Path("/sys/fs/cgroup")
+
+
+def touch(size: int) -> None:
+    """Takes so many bytes of memory and gives them back.
+
+    The host of a virtual machine may provide memory only as it is first touched, and slowly: that
+    is its time, not an engine's.
+    """
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    np.frombuffer(memory, np.uint8)[:: mmap.PAGESIZE] = 1
+    memory.close()
 
 
 @contextlib.contextmanager
