@@ -2,11 +2,13 @@
 // each float32 lane. Queries and weights are rounded to bfloat16 as keys and values are; a block's
 // sum is that of the rounded weights, so they still add up to one. Otherwise as attention.inl.
 
-constexpr int kManyQueries = 8;  // whose sums, for two vectors of keys or columns, fit into registers
-constexpr int kHalves = 32;      // bfloat16 values of a vector
+constexpr int kManyQueries =
+    8;                       // whose sums, for two vectors of keys or columns, fit into registers
+constexpr int kHalves = 32;  // bfloat16 values of a vector
 
 FLASHMOE_INLINE __m512 dot_pairs(__m512 sums, __m512i pairs, __m512i pair) {
-  return _mm512_dpbf16_ps(sums, reinterpret_cast<__m512bh>(pairs), reinterpret_cast<__m512bh>(pair));
+  return _mm512_dpbf16_ps(sums, reinterpret_cast<__m512bh>(pairs),
+                          reinterpret_cast<__m512bh>(pair));
 }
 
 // `count` floats (a multiple of 16) rounded to bfloat16; `to` may begin where `from` does.
@@ -23,8 +25,8 @@ FLASHMOE_INLINE __m512i load_halves(const uint16_t* row, int count) {
   return _mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint32_t{1} << count) - 1), row);
 }
 
-// Rows follow one another in memory: those of the next vector of keys are on their way while this one
-// is computed with.
+// Rows follow one another in memory: those of the next vector of keys are on their way while this
+// one is computed with.
 FLASHMOE_INLINE void prefetch_ahead(const uint16_t* row, int dim) {
   __builtin_prefetch(row + kLanes * dim);
 }
@@ -101,8 +103,8 @@ FLASHMOE_INLINE void score_pairs(const uint32_t* q, const uint32_t* tile, int pa
   }
 }
 
-// weighted[query] += Σ p[query] values for Q queries and V vectors of columns; p[query] is the pairs
-// of a row of weights that meet the tile, `pairs` of them.
+// weighted[query] += Σ p[query] values for Q queries and V vectors of columns; p[query] is the
+// pairs of a row of weights that meet the tile, `pairs` of them.
 template <int Q, int V>
 FLASHMOE_INLINE void weigh_pairs(const uint32_t* p, const uint32_t* tile, int pairs, int width,
                                  float* weighted) {

@@ -90,8 +90,12 @@ void matmul_int8_format(const Rows& rows, const Int8Input& x) {
   constexpr int kFewTokens = 3;  // not worth unpacking a tile for
   int row = rows.begin;
   if (rows.n > kFewTokens) {
+    constexpr int kTileRows = kTileBlocks * kBatchRows;
+    for (; row + kTileRows <= rows.end; row += kTileRows) {
+      batch_product<Bits, Group, D, kTileBlocks>(rows, row, x);
+    }
     for (; row + kBatchRows <= rows.end; row += kBatchRows) {
-      batch_product<Bits, Group, D>(rows, row, x);
+      batch_product<Bits, Group, D, 1>(rows, row, x);
     }
   }
   if (x.copies > 1) {
