@@ -91,7 +91,10 @@ FLASHMOE_INLINE void load_columns(const std::byte* array, int64_t first, int gro
   for (int block = 0; block < B; ++block) {
     Block<Floats> rows[16];
     for (int r = 0; r < 16; ++r) {
-      rows[r] = load_block<D>(array, first + static_cast<int64_t>(block * 16 + r) * groups, count);
+      const int64_t row = first + static_cast<int64_t>(block * 16 + r) * groups;
+      rows[r] = load_block<D>(array, row, count);
+      const int64_t next = row + static_cast<int64_t>(B * 16) * groups;
+      __builtin_prefetch(array + next * static_cast<int64_t>(size_of(D)));
     }
     for (int a = 0; a < kParts; ++a) {
       for (int b = 0; b < kParts; ++b) {
