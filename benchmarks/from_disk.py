@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 from against_peers import PEERS, FlashMoe, exported, summary
-from limits import drop, memory_limit, readahead, readahead_of, touch
+from limits import drop, memory_limit, readahead, readahead_of, touch_memory
 
 from flashmoe.checkpoint import Checkpoint
 from flashmoe.machine import disk_rate
@@ -42,7 +42,7 @@ OVERHEAD = 300_000_000  # bytes of an engine beside weights: interpreter, activa
 
 def serve(name: str, source: Path, task: dict[str, Any]) -> None:
     """One run: load, prompt, decode; prints what it took."""
-    touch(task["room"])
+    touch_memory(task["touch"])
     start = time.perf_counter()
     ids = np.array(task["ids"], np.int32)
     split = task["prompt"]
@@ -139,7 +139,7 @@ def main() -> None:
     rng = np.random.default_rng(0)
     ids = rng.integers(0, config.vocab_size, arguments.prompt + arguments.tokens).tolist()
     task = {"ids": ids, "prompt": arguments.prompt, "threads": arguments.threads}
-    task["room"] = resident + room
+    task["touch"] = resident + room
     options = {"experts_per_token": config.num_experts_per_tok, "cache_bytes": room}
     ours = task | {"options": options}
     theirs = task | {"options": {"use_mmap": True, "use_extra_bufts": False}}

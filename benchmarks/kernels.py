@@ -47,10 +47,10 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def read(array: np.ndarray, threads: int) -> None:
-    """Reads every byte; numpy releases the GIL in the reduction."""
-    pieces = np.array_split(array[: array.size // 8 * 8].view(np.uint64), threads)
+    """Reads every byte, as machine.memory_rate does; numpy releases the GIL in the reduction."""
+    pieces = np.array_split(array, threads)
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(np.bitwise_xor.reduce, pieces))
+        list(pool.map(np.max, pieces))
 
 
 def spread(values: list[float]) -> str:

@@ -13,16 +13,21 @@ import numpy as np
 CGROUPS = Path("/sys/fs/cgroup")
 
 
-def touch(size: int) -> None:
-    """Takes so many bytes of memory and gives them back.
+def touch_memory(size: int) -> None:
+    """Takes so many bytes of memory and gives them back, in a process of its own.
 
     The host of a virtual machine may provide memory only as it is first touched, and slowly: that
     is its time, not an engine's.
     """
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    np.frombuffer(memory, np.uint8)[:: mmap.PAGESIZE] = 1
-    memory.close()
+    child = os.fork()
+    if child == 0:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        np.frombuffer(memory, np.uint8)[:: mmap.PAGESIZE] = 1
+        os._exit(0)
+    if os.waitpid(child, 0)[1] != 0:
+        raise SystemExit(f"the limit leaves no room for {size} bytes")
 
 
 @contextlib.contextmanager

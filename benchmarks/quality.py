@@ -236,17 +236,19 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("work", type=Path)
     args = parser.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
-    models = checkpoints(args.model, args.work)
-    if not (args.work / "reference.npy").exists():
-        text = evaluate.read_text(DATA / "heldout.txt", NBYTES)
-        with flashmoe.Model(models["16"], experts_per_token=None, precision="float32") as model:
-            remember(model, text, args.work / "reference.npy")
-    jobs = [(args.work, models[bits], bits, experts) for experts in EXPERTS for bits in BITS]
-    todo = [job for job in jobs if not (args.work / f"result-{job[2]}-{job[3]}.json").exists()]
+    reference = args.model / "bf16"
+    with flashmoe.Model(reference, experts_per_token=None, precision="float32") as model:
+        work = args.work / model.fingerprint  # what is done is another model's or this one's
+        work.mkdir(parents=True, exist_ok=True)
+        if not (work / "reference.npy").exists():
+            text = evaluate.read_text(DATA / "heldout.txt", NBYTES)
+            remember(model, text, work / "reference.npy")
+    models = checkpoints(args.model, work)
+    jobs = [(work, models[bits], bits, experts) for experts in EXPERTS for bits in BITS]
+    todo = [job for job in jobs if not (work / f"result-{job[2]}-{job[3]}.json").exists()]
     with multiprocessing.Pool(machine.physical_cores()) as pool:
         pool.map(measure, todo, chunksize=1)
-    rows = [json.loads((args.work / f"result-{j[2]}-{j[3]}.json").read_text()) for j in jobs]
+    rows = [json.loads((work / f"result-{j[2]}-{j[3]}.json").read_text()) for j in jobs]
     results = {(row["bits"], row["experts"]): row for row in rows}
     found = routing(models["4"])
     (ROOT / "docs/quality.json").write_text(

@@ -2,8 +2,8 @@
 // each float32 lane. Queries and weights are rounded to bfloat16 as keys and values are; a block's
 // sum is that of the rounded weights, so they still add up to one. Otherwise as attention.inl.
 
-constexpr int kManyQueries =
-    8;                       // whose sums, for two vectors of keys or columns, fit into registers
+// Queries whose sums, for two vectors of keys or columns, fit into registers.
+constexpr int kManyQueries = 8;
 constexpr int kHalves = 32;  // bfloat16 values of a vector
 
 FLASHMOE_INLINE __m512 dot_pairs(__m512 sums, __m512i pairs, __m512i pair) {
@@ -190,7 +190,7 @@ void attention_block_bf16(const AttentionCall& call, const AttentionBlock& block
     } else {
       out.max[r] = -__builtin_inff();
       out.sum[r] = 0;
-      for (int i = 0; i < kKeyBlock; ++i) row[i] = 0;
+      for (int i = 0; i < kKeyBlock; i += kLanes) store(row + i, Floats{});
     }
   }
   for (ptrdiff_t i = 0; i < static_cast<ptrdiff_t>(queries) * width; ++i) out.weighted[i] = 0;

@@ -16,7 +16,7 @@
 namespace flashmoe {
 namespace {
 
-constexpr int kRowUnit = 16;          // rows of a task are a multiple of it
+constexpr int kRowUnit = 32;          // rows of a task are a multiple of it: what kernels take
 constexpr int kTasksPerThread = 8;    // enough that threads of unequal speed end together
 constexpr int64_t kMinCells = 32768;  // weight elements times tokens that are worth a task
 constexpr int kSmall = 16384;  // floats of an elementwise operation not worth a second thread

@@ -3,7 +3,11 @@
 // values of a token. Same operations in the same order as row_product().
 
 constexpr int kBatchRows = 16;
-constexpr int kBatchTokens = 32;  // whose partial sums are held: 2 KiB for each 16 rows
+// Tokens whose partial sums are held, 1 KiB each for 16 rows. They and a tile of the weights are on
+// the stack, of which some systems give a thread no more than 128 KiB.
+constexpr int batch_tokens(int group) {
+  return group == 128 ? 16 : 32;
+}
 // Tokens and 16s of rows that are multiplied with one another at a time: their sums fit into
 // registers, and hide how long one product takes.
 constexpr int kTileTokens = kLanes == 16 ? 8 : 4;
@@ -11,11 +15,11 @@ constexpr int kTileBlocks = kLanes == 16 ? 2 : 1;
 
 // The vectors that hold something for B times 16 rows.
 template <class Vector, int B>
-struct RowsOf {
+struct Across {
   Vector part[B * kParts];
 };
 
-// What will be unpacked after this begins at `next`: it comes while this is computed with.
+// What begins at `next` comes from memory while this is computed with.
 template <int Bits, int Group, int B>
 FLASHMOE_INLINE void unpack_rows(const uint8_t* weight, ptrdiff_t row_bytes, int bytes,
                                  const uint8_t* next, Ints* tile) {
@@ -49,16 +53,16 @@ FLASHMOE_INLINE void unpack_rows(const uint8_t* weight, ptrdiff_t row_bytes, int
 
 // Adds one block of 16 groups to the partial sums [T][16] of T tokens.
 template <int Bits, int Group, int B, int T>
-FLASHMOE_INLINE void batch_tile(const Ints* tile, int count, const RowsOf<Floats, B>* scales,
-                                const RowsOf<Floats, B>* biases, const Int8Input& x,
-                                const ptrdiff_t* tokens, int first, RowsOf<Floats, B>* sums) {
+FLASHMOE_INLINE void batch_tile(const Ints* tile, int count, const Across<Floats, B>* scales,
+                                const Across<Floats, B>* biases, const Int8Input& x,
+                                const ptrdiff_t* tokens, int first, Across<Floats, B>* sums) {
   constexpr int kPlanes = 8 / Bits;
   constexpr int kWords = Group * Bits / 32;
   constexpr int kVectors = B * kParts;
   const int8_t* values[T];
   for (int t = 0; t < T; ++t) values[t] = x.values + tokens[t] * x.stride;
   for (int g = 0; g < count; ++g) {
-    RowsOf<Ints, B> dots[T] = {};
+    Across<Ints, B> dots[T] = {};
     for (int word = 0; word < kWords; ++word) {
       const int at = ((first + g) * kWords + word) * 4;
       for (int p = 0; p < kPlanes; ++p) {
@@ -87,14 +91,14 @@ FLASHMOE_INLINE void batch_tile(const Ints* tile, int count, const RowsOf<Floats
 // The scales or biases of 16 * B rows and `count` <= 16 groups, as columns: [16 groups][rows].
 template <DType D, int B>
 FLASHMOE_INLINE void load_columns(const std::byte* array, int64_t first, int groups, int count,
-                                  RowsOf<Floats, B>* columns) {
+                                  Across<Floats, B>* columns) {
   for (int block = 0; block < B; ++block) {
     Block<Floats> rows[16];
     for (int r = 0; r < 16; ++r) {
-      const int64_t row = first + static_cast<int64_t>(block * 16 + r) * groups;
-      rows[r] = load_block<D>(array, row, count);
-      const int64_t next = row + static_cast<int64_t>(B * 16) * groups;
-      __builtin_prefetch(array + next * static_cast<int64_t>(size_of(D)));
+      const int64_t at = first + static_cast<int64_t>(block * 16 + r) * groups;
+      rows[r] = load_block<D>(array, at, count);
+      const int64_t ahead = at + static_cast<int64_t>(B * 16) * groups;
+      __builtin_prefetch(array + ahead * static_cast<int64_t>(size_of(D)));
     }
     for (int a = 0; a < kParts; ++a) {
       for (int b = 0; b < kParts; ++b) {
@@ -116,15 +120,16 @@ template <int Bits, int Group, DType D, int B>
 void batch_product(const Rows& rows, int row, const Int8Input& x) {
   constexpr int kGroupBytes = Group * Bits / 8;
   constexpr int kVectors = B * kParts;
+  constexpr int kTokens = batch_tokens(Group);
   const Matrix& m = *rows.weight;
   const ptrdiff_t row_bytes = static_cast<ptrdiff_t>(x.groups) * kGroupBytes;
   const auto* weight = reinterpret_cast<const uint8_t*>(m.weight) + row * row_bytes;
   Ints tile[16 * Group / 4 * kVectors];
-  RowsOf<Floats, B> scales[16], biases[16], sums[kBatchTokens * 16];
-  for (int done = 0; done < rows.n; done += kBatchTokens) {
-    const int n = rows.n - done < kBatchTokens ? rows.n - done : kBatchTokens;
-    ptrdiff_t tokens[kBatchTokens];  // past the last one it again, for nothing
-    for (int t = 0; t < kBatchTokens; ++t) {
+  Across<Floats, B> scales[16], biases[16], sums[kTokens * 16];
+  for (int done = 0; done < rows.n; done += kTokens) {
+    const int n = rows.n - done < kTokens ? rows.n - done : kTokens;
+    ptrdiff_t tokens[kTokens];  // past the last token that one again, whose sums are not used
+    for (int t = 0; t < kTokens; ++t) {
       const int token = done + (t < n ? t : n - 1);
       tokens[t] = rows.inputs ? rows.inputs[token] : token;
     }
@@ -150,7 +155,7 @@ void batch_product(const Rows& rows, int row, const Int8Input& x) {
       }
     }
     for (int t = 0; t < n; ++t) {
-      RowsOf<Floats, B>* partial = sums + t * 16;
+      Across<Floats, B>* partial = sums + t * 16;
       const ptrdiff_t output = rows.outputs ? rows.outputs[done + t] : done + t;
       float* out = rows.out + output * rows.out_stride + row;
       for (int i = 0; i < kVectors; ++i) {

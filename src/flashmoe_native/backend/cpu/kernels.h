@@ -96,7 +96,7 @@ struct Kernels {
 constexpr int kMaxConvKernel = 16;
 constexpr int kDeltaTokens = 16;   // normalised at a time
 constexpr int kDeltaColumns = 32;  // of the state held close at a time
-constexpr int kKeyTile = 32;       // keys or values widened to float32 at a time
+constexpr int kKeyTile = 32;       // keys or values rearranged at a time
 
 inline size_t delta_scratch(const DeltaCall& call) {
   const size_t keys = padded(call.key_dim), values = padded(call.value_dim) + kDeltaColumns;
