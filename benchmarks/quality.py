@@ -15,12 +15,12 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import re
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tables import fill, table
 
 import flashmoe
 from flashmoe import evaluate, machine
@@ -153,12 +153,10 @@ def shown(estimate: dict[str, float], form: str) -> str:
     return f"{estimate['value']:{form}} ± {half:{form}}"
 
 
-def table(results: dict[tuple[str, int], dict[str, Any]]) -> str:
-    lines = [
-        "| weights | experts | bits per byte | KL, nats a token | same likeliest token "
-        "| JSON valid | follows schema | has the values | right tool call |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+def settings_table(results: dict[tuple[str, int], dict[str, Any]]) -> str:
+    head = ["weights", "experts", "bits per byte", "KL, nats a token", "same likeliest token"]
+    head += ["JSON valid", "follows schema", "has the values", "right tool call"]
+    rows = []
     for bits, label in BITS.items():
         for experts in EXPERTS:
             r = results[bits, experts]
@@ -167,25 +165,22 @@ def table(results: dict[tuple[str, int], dict[str, Any]]) -> str:
             for name in ("json_valid", "json_schema", "json_value", "call_right"):
                 e = r[name]
                 cells.append(f"{e['value']:.0%} ({e['low']:.0%} to {e['high']:.0%})")
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            rows.append(cells)
+    return table(head, rows)
 
 
 def routing_table(found: dict[str, Any]) -> str:
-    lines = [
-        "| layer | effective experts, top 4 | busiest, top 4 | kept from the token before, top 4 | "
-        "by chance | effective, top 10 | kept, top 10 | by chance |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    head = ["layer", "effective experts, top 4", "busiest, top 4"]
+    head += ["kept from the token before, top 4", "by chance"]
+    head += ["effective, top 10", "kept, top 10", "by chance"]
+    rows = []
     four, ten = found["4"], found["10"]
     for layer in range(len(four["effective"])):
-        lines.append(
-            f"| {layer} | {four['effective'][layer]:.1f} | {four['busiest'][layer]:.1f} | "
-            f"{four['overlap'][layer]:.0%} | {four['chance'][layer]:.0%} | "
-            f"{ten['effective'][layer]:.1f} | {ten['overlap'][layer]:.0%} | "
-            f"{ten['chance'][layer]:.0%} |"
-        )
-    return "\n".join(lines)
+        cells = [str(layer), f"{four['effective'][layer]:.1f}", f"{four['busiest'][layer]:.1f}"]
+        cells += [f"{four['overlap'][layer]:.0%}", f"{four['chance'][layer]:.0%}"]
+        cells += [f"{ten['effective'][layer]:.1f}", f"{ten['overlap'][layer]:.0%}"]
+        rows.append([*cells, f"{ten['chance'][layer]:.0%}"])
+    return table(head, rows)
 
 
 def draw(results: dict[tuple[str, int], dict[str, Any]], found: dict[str, Any]) -> None:
@@ -255,12 +250,8 @@ def main() -> None:
         json.dumps({"settings": rows, "routing": found}, indent=1) + "\n"
     )
     draw(results, found)
-    page = ROOT / "docs/quality.md"
-    text = page.read_text()
-    for name, body in (("settings", table(results)), ("routing", routing_table(found))):
-        block = re.compile(f"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        text = block.sub(lambda m, body=body: f"{m[1]}{body}\n{m[2]}", text)
-    page.write_text(text)
+    tables = {"settings": settings_table(results), "routing": routing_table(found)}
+    fill(ROOT / "docs/quality.md", tables)
 
 
 if __name__ == "__main__":

@@ -207,6 +207,7 @@ def install(monkeypatch: pytest.MonkeyPatch, rule: Rule = hashed) -> FakeEngine:
     monkeypatch.setattr(model_module, "Checkpoint", FakeCheckpoint)
     monkeypatch.setattr(model_module, "open_engine", open_engine)
     monkeypatch.setattr(model_module, "default_cache", lambda checkpoint, available: 0)
+    monkeypatch.setattr(model_module, "check_room", lambda checkpoint, cache, available: None)
     monkeypatch.setattr(
         model_module, "_fingerprint", lambda c: str(zlib.crc32(repr(c.config).encode()))
     )

@@ -13,11 +13,11 @@ import pytest
 import safetensors
 from test_hub import Hub, hub  # noqa: F401  (a fixture)
 
-from flashmoe import Model, machine
+from flashmoe import ArgumentError, Model, machine
 from flashmoe.checkpoint import Checkpoint
 from flashmoe.config import ModelConfig
 from flashmoe.info import describe, summarise
-from flashmoe.memory import default_cache
+from flashmoe.memory import check_room, default_cache
 from flashmoe.report import info_lines, size
 from flashmoe.safetensors import Tensor
 
@@ -155,6 +155,20 @@ def test_memory_that_all_experts_do_not_fit_into_caches_some(
     monkeypatch.setattr(sys, "platform", "darwin")
     assert default_cache(big, 48 << 30) == 0
     assert default_cache(big, 512 << 30) == experts
+
+
+def test_weights_or_a_cache_that_memory_has_no_room_for_are_refused(
+    big: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_room(big, 30 << 30, 48 << 30)
+    check_room(big, 1 << 60, 512 << 30)  # no more than all experts
+    with pytest.raises(ArgumentError, match=r"take 5\.\d+ GB .*; 1\.07 GB are .* fewer bits"):
+        check_room(big, 0, 1 << 30)
+    with pytest.raises(ArgumentError, match=r"cache 64\.42 GB more; 51\.54 GB .* a smaller cache"):
+        check_room(big, 60 << 30, 48 << 30)
+    monkeypatch.setattr(machine, "available_memory", lambda: 1_000_000)
+    with pytest.raises(ArgumentError, match="fewer bits"):
+        Model("demo")
 
 
 @pytest.mark.reference

@@ -107,8 +107,8 @@ def backends() -> list[str]:
     """Those of this build: "cpu", and "metal" on macOS."""
 
 def cpu_kernels() -> str:
-    """The kernels picked on this machine: "portable", "avx2", "avx512", "neon", "neon-dotprod" or
-    "neon-i8mm"."""
+    """The kernels picked on this machine: "portable", "avx2", "avx512", "avx512-bf16", "neon",
+    "neon-dotprod" or "neon-i8mm"."""
 
 def quantize(
     weight: npt.NDArray[Any], dtype: str, bits: int, group: int

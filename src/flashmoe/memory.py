@@ -20,15 +20,41 @@ def default_cache(checkpoint: Checkpoint, available: int) -> int:
     page cache, is 1.6 to 2.2 times as fast on Linux as leaving the same memory to the page cache
     (docs/performance.md). Else, and on macOS where the original engine found the opposite, 0.
     """
-    # A slot of the native store: parts at the offsets within a page that they have in the file.
-    largest = max(layer.expert_bytes for layer in checkpoint.experts) + 9 * 2 * 4096
-    slot = -(-largest // (16 << 10)) * (16 << 10)
-    experts = slot * checkpoint.config.num_experts * len(checkpoint.experts)
-    resident = sum(matrix.format.nbytes for matrix in checkpoint.matrices.values())
-    left = max(0, int(0.7 * available) - resident)
+    experts = _slots_for_all(checkpoint)
+    left = max(0, int(0.7 * available) - _resident(checkpoint))
     if experts <= left:
         return experts
     return 0 if sys.platform == "darwin" else left
+
+
+def check_room(checkpoint: Checkpoint, cache: int, available: int) -> None:
+    """Raises ArgumentError where resident weights and a cache of so many bytes cannot fit.
+
+    Memory is granted as it is first touched: without this the system would end the process later.
+    """
+    resident, experts = _resident(checkpoint), min(cache, _slots_for_all(checkpoint))
+    if resident + experts <= available:
+        return
+    needs = f"the weights that every token needs take {resident / 1e9:.2f} GB of memory"
+    has = f"{available / 1e9:.2f} GB are available"
+    if resident > available:
+        raise ArgumentError(f"{needs}; {has}: end other programs, or take a model of fewer bits")
+    raise ArgumentError(
+        f"{needs} and the cache {experts / 1e9:.2f} GB more; {has}: give a smaller cache, or none "
+        "to have one that fits"
+    )
+
+
+def _resident(checkpoint: Checkpoint) -> int:
+    return sum(matrix.format.nbytes for matrix in checkpoint.matrices.values())
+
+
+def _slots_for_all(checkpoint: Checkpoint) -> int:
+    """Bytes of the native store's slots for all experts."""
+    # Parts lie in a slot at the offsets within a page that they have in the file.
+    largest = max(layer.expert_bytes for layer in checkpoint.experts) + 9 * 2 * 4096
+    slot = -(-largest // (16 << 10)) * (16 << 10)
+    return slot * checkpoint.config.num_experts * len(checkpoint.experts)
 
 
 def prompt_chunk(config: ModelConfig, experts_per_token: int, available: int) -> int:

@@ -23,7 +23,7 @@ from flashmoe import machine
 from flashmoe.chat import ChatTemplate, Message
 from flashmoe.checkpoint import Checkpoint
 from flashmoe.errors import ArgumentError, CheckpointError, DeviceError, StateError
-from flashmoe.memory import default_cache, parse_bytes, prompt_chunk
+from flashmoe.memory import check_room, default_cache, parse_bytes, prompt_chunk
 from flashmoe.sampling import Sampler, Sampling
 from flashmoe.source import find_model
 from flashmoe.state import State
@@ -78,7 +78,8 @@ class Model:
         backend: "cpu"; "metal", the GPU of a Mac; or "auto": on macOS the GPU (or with a warning
             the CPU, where it cannot be used), elsewhere the CPU.
         precision: "int8" quantises the inputs of quantised matrices to 8 bits per group on the CPU,
-            and keeps the KV cache in bfloat16; "float32" does neither, the reference.
+            and keeps the KV cache in bfloat16, in which attention also multiplies where the
+            processor can (AVX-512 BF16); "float32" does none of it, the reference.
         threads: to compute with; None takes every physical core that the process may use.
         cache: memory for experts, as bytes or as in "4GB"; 0 leaves caching to the system's page
             cache; None decides with `default_cache`.
@@ -87,7 +88,7 @@ class Model:
             memory's bandwidth, so by default they take turns. The CPU always overlaps.
         progress: called with (bytes read, bytes in all) while the resident weights are loaded.
     Raises:
-        ArgumentError: an argument cannot be used.
+        ArgumentError: an argument cannot be used, or memory has no room for the model.
         CheckpointError: the checkpoint is absent, damaged, or of a kind that is not supported.
         DeviceError: the GPU is absent, too small, or refuses a kernel.
     """
@@ -127,6 +128,7 @@ class Model:
         available = machine.available_memory()
         if cache_bytes is None:
             cache_bytes = default_cache(checkpoint, available)
+        check_room(checkpoint, cache_bytes, available)
         self._chunk = prompt_chunk(self.config, self.experts_per_token, available)
         self.sampling = self._default_sampling()
         self.fingerprint = _fingerprint(checkpoint)

@@ -1,6 +1,6 @@
 """Gather the training text: fetch packages, read them, keep what is prose, set a split aside.
 
-    apt-get update && apt-get install npm bible-kjv      # Debian 12, or a container of it
+    apt-get update && apt-get install bible-kjv      # Debian 12, or a container of it; and npm
     pip install '.[test]' lxml
     python corpus.py WORK
 
