@@ -98,7 +98,7 @@ def layers_table() -> str:
                 layers = load(f"397b-{bits}-{k}-{cache}")["decode"]["layers"]
                 mean = {p: 1e3 * sum(x[p] for x in layers) / len(layers) for p in layers[0]}
                 whole = sum(mean.values())
-                cells = [f"{mean[p]:.2g}" for p in ("mixer", "router", "wait", "experts")]
+                cells = [f"{mean[p]:.2f}" for p in ("mixer", "router", "wait", "experts")]
                 label = f"{bits} bits, K = {k}, {cache}"
                 rows.append([label, *cells, f"{whole:.1f}", f"{60 * whole / 1e3:.2g} s"])
     head = ["", "mixer", "router", "waiting", "experts", "a layer"]
