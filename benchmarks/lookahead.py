@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--tokens", type=int, default=1000)
     parser.add_argument("--experts-per-token", type=int, default=4)
+    parser.add_argument("--guesses", type=int, help="of a layer, the likeliest; default: all")
     arguments = parser.parse_args()
     with flashmoe.Model("demo") as model:
         ids = list(model.tokenizer.encode(arguments.text.read_text()).ids)[: arguments.tokens]
@@ -71,7 +72,8 @@ def main() -> None:
         needed = found = vain = 0
         for now, before in zip(true, guessed, strict=True):
             for layer in range(1, true.shape[1]):
-                ahead = {e for e in before[layer].tolist() if (layer, e) not in cache}
+                guess = before[layer][: arguments.guesses].tolist()
+                ahead = {e for e in guess if (layer, e) not in cache}
                 missing = {e for e in now[layer].tolist() if (layer, e) not in cache}
                 needed += len(missing)
                 found += len(missing & ahead)
