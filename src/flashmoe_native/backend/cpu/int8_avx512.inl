@@ -1,37 +1,13 @@
 // Integer dot products by AVX-512 VNNI: vpdpbusd adds four products of an unsigned and a signed
 // byte to each 32-bit lane.
 
+#include "backend/cpu/transpose_avx512.inl"
+
 // Sums of weight * value over four columns for each of kLanes rows; x holds the four values.
 template <int Bits>
 FLASHMOE_INLINE Ints dot_four(Ints sums, Ints weight, int32_t x) {
   return reinterpret_cast<Ints>(_mm512_dpbusd_epi32(
       reinterpret_cast<__m512i>(sums), reinterpret_cast<__m512i>(weight), _mm512_set1_epi32(x)));
-}
-
-FLASHMOE_INLINE void transpose(Ints (&rows)[kLanes]) {
-  __m512i a[16], b[16];
-  for (int i = 0; i < 16; ++i) a[i] = reinterpret_cast<__m512i>(rows[i]);
-  for (int i = 0; i < 16; i += 2) {
-    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-  }
-  // a[4 * i + j]: in each 128-bit lane l, column 4 * l + j of rows 4 * i to 4 * i + 3.
-  for (int i = 0; i < 16; i += 4) {
-    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-  }
-  for (int j = 0; j < 4; ++j) {
-    const __m512i low01 = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x44);
-    const __m512i low23 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x44);
-    const __m512i high01 = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xee);
-    const __m512i high23 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xee);
-    rows[j] = reinterpret_cast<Ints>(_mm512_shuffle_i32x4(low01, low23, 0x88));
-    rows[4 + j] = reinterpret_cast<Ints>(_mm512_shuffle_i32x4(low01, low23, 0xdd));
-    rows[8 + j] = reinterpret_cast<Ints>(_mm512_shuffle_i32x4(high01, high23, 0x88));
-    rows[12 + j] = reinterpret_cast<Ints>(_mm512_shuffle_i32x4(high01, high23, 0xdd));
-  }
 }
 
 // 64 bytes of a row with their values: lane l holds the sum over bytes 4 * l to 4 * l + 3.

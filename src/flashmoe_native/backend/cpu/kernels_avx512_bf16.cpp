@@ -21,8 +21,8 @@ namespace {
 constexpr int kLanes = 16;
 #include "backend/cpu/simd.inl"
 
-#include "backend/cpu/int8_avx512.inl"
 #include "backend/cpu/softmax.inl"
+#include "backend/cpu/transpose_avx512.inl"
 
 #include "backend/cpu/attention_bf16.inl"
 
