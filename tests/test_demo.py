@@ -40,9 +40,10 @@ def test_it_answers_in_sentences() -> None:
 
 def test_what_the_readme_quotes_comes_out() -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text()
-    start, seed = re.search(r'With `"(.*)"`, seed (\d+), it writes', readme).groups()
+    start, seed = re.search(r'With `"(.*)"`, seed (\d+) and\s`precision', readme).groups()
     quoted = " ".join(re.findall(r"^> (.*)$", readme, re.MULTILINE))
-    with flashmoe.Model("demo") as model:
+    # With 8-bit activations processors of different instruction sets soon sample different texts.
+    with flashmoe.Model("demo", precision="float32") as model:
         text = "".join(t.text for t in model.generate(start, max_tokens=60, seed=int(seed)))
     assert " ".join((start + text).split()).startswith(quoted)
 
