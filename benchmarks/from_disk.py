@@ -115,6 +115,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--room", type=float, default=0.35, help="share of the experts that fits")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--peer-threads", type=int, help="of llama.cpp, which wait for pages")
     parser.add_argument("--prompt", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--runs", type=int, default=5)
@@ -143,6 +144,7 @@ def main() -> None:
     options = {"experts_per_token": config.num_experts_per_tok, "cache_bytes": room}
     ours = task | {"options": options}
     theirs = task | {"options": {"use_mmap": True, "use_extra_bufts": False}}
+    theirs["threads"] = arguments.peer_threads or arguments.threads
     print(
         f"{experts / 1e9:.2f} GB of experts, {resident / 1e9:.2f} GB resident; limit "
         f"{limit / 1e9:.2f} GB ({arguments.room:.0%} of the experts and {OVERHEAD / 1e9} GB)"
