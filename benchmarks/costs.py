@@ -58,7 +58,7 @@ def main() -> None:
         ("experts", [k for k in (1, 2, 4, 6, 8, 10) if k <= own]),
         ("chunk", [32, 64, 128, 256, 512, 1024]),
     ):
-        rows += [{"varied": name, **usual, name: value, "runs": []} for value in values]
+        rows += [{"varied": name, **usual, name: value} for value in values]
     for row in rows:
         options = {"experts_per_token": row["experts"], "chunk": row["chunk"]}
         options["cache_bytes"] = int(arguments.cache * 1e9)

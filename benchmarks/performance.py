@@ -90,13 +90,18 @@ def rooms_table() -> str:
     return table([*head, "read, GB/s", "random reads of an expert, GB/s"], rows)
 
 
+def layer_parts(bits: int, k: int, cache: str) -> dict[str, float]:
+    """Milliseconds of a layer of the 397B, by part."""
+    layers = load(f"397b-{bits}-{k}-{cache}")["decode"]["layers"]
+    return {part: 1e3 * sum(x[part] for x in layers) / len(layers) for part in layers[0]}
+
+
 def layers_table() -> str:
     rows = []
     for bits in (4, 2):
         for k in (4, 10):
             for cache in ("cold", "cached"):
-                layers = load(f"397b-{bits}-{k}-{cache}")["decode"]["layers"]
-                mean = {p: 1e3 * sum(x[p] for x in layers) / len(layers) for p in layers[0]}
+                mean = layer_parts(bits, k, cache)
                 whole = sum(mean.values())
                 cells = [f"{mean[p]:.2f}" for p in ("mixer", "router", "wait", "experts")]
                 label = f"{bits} bits, K = {k}, {cache}"
@@ -148,11 +153,8 @@ def draw_layers(axis: Any) -> None:
     for bits in (2, 4):
         for k in (4, 10):
             for cache in ("cached", "cold"):
-                decode = load(f"397b-{bits}-{k}-{cache}")["decode"]
-                layers = decode["layers"]
-                mean = {p: sum(layer[p] for layer in layers) / len(layers) for p in layers[0]}
                 labels.append(f"{bits} bits, K = {k}, {cache}")
-                parts.append({p: 1e3 * seconds for p, seconds in mean.items()})
+                parts.append(layer_parts(bits, k, cache))
     left = [0.0] * len(labels)
     names = {"mixer": "attention or GatedDeltaNet", "router": "router", "experts": "experts"}
     for part, label in {**names, "wait": "waiting for the disk"}.items():
