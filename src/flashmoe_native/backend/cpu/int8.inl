@@ -13,6 +13,23 @@ FLASHMOE_INLINE float pairwise_sum(const Block<Floats>& sums) {
   return sum(total);
 }
 
+// What comes after the 16 groups at `weight`, whose first is `group`, in a matrix that is read from
+// end to end. The far request goes to the second-level cache, which can wait for many lines at
+// once, the near one brings them on: with the first level alone, which can wait for few, Zen 4
+// reads at three quarters of the rate.
+template <int Bits, int Group, DType D>
+FLASHMOE_INLINE void prefetch_ahead(const Matrix& m, const uint8_t* weight, int64_t group) {
+  constexpr int kFar = 16384, kNear = 1024, kGroupBytes = Group * Bits / 8;
+  constexpr int kFirstLevel = 3, kSecondLevel = 2;
+  for (int line = 0; line < 16 * kGroupBytes; line += 64) {
+    __builtin_prefetch(weight + kFar + line, 0, kSecondLevel);
+    __builtin_prefetch(weight + kNear + line, 0, kFirstLevel);
+  }
+  const int64_t far = (group + kFar / kGroupBytes) * static_cast<int64_t>(size_of(D));
+  __builtin_prefetch(m.scales + far, 0, kSecondLevel);
+  __builtin_prefetch(m.biases + far, 0, kSecondLevel);
+}
+
 // One token at a time: a vector holds groups.
 template <int Bits, int Group, DType D>
 FLASHMOE_INLINE float row_product(const Matrix& m, int64_t row, const Int8Input& x,
@@ -26,10 +43,7 @@ FLASHMOE_INLINE float row_product(const Matrix& m, int64_t row, const Int8Input&
   Block<Floats> sums = {};
   for (int g = 0; g < x.groups; g += 16) {
     const int count = x.groups - g < 16 ? x.groups - g : 16;
-    // Rows follow one another in memory; the hardware alone starts anew at every page.
-    for (int line = 0; line < 16 * kGroupBytes; line += 64) {
-      __builtin_prefetch(weight + g * kGroupBytes + 4096 + line);
-    }
+    prefetch_ahead<Bits, Group, D>(m, weight + g * kGroupBytes, first + g);
     const Block<Floats> scales = load_block<D>(m.scales, first + g, count);
     const Block<Floats> biases = load_block<D>(m.biases, first + g, count);
     const Block<Ints> dots = group_dots<Bits, Group>(weight + g * kGroupBytes, count,
@@ -65,9 +79,7 @@ FLASHMOE_INLINE void short_rows_product(const Matrix& m, int64_t row, const Int8
                                         ptrdiff_t token, float (&products)[16]) {
   const int64_t first = row * x.groups;
   const auto* weight = reinterpret_cast<const uint8_t*>(m.weight) + first * (Group * Bits / 8);
-  for (int line = 0; line < 16 * Group * Bits / 8; line += 64) {
-    __builtin_prefetch(weight + 4096 + line);
-  }
+  prefetch_ahead<Bits, Group, D>(m, weight, first);
   const Block<Floats> scales = load_block<D>(m.scales, first, 16);
   const Block<Floats> biases = load_block<D>(m.biases, first, 16);
   const Block<Ints> dots = group_dots<Bits, Group>(weight, 16, x.values + token * x.stride);
