@@ -1,5 +1,6 @@
 #include "core/thread_pool.h"
 
+#include <algorithm>
 #include <chrono>
 
 namespace flashmoe {
@@ -37,7 +38,7 @@ bool spin(Ready ready) {
 
 }  // namespace
 
-ThreadPool::ThreadPool(int threads) {
+ThreadPool::ThreadPool(int threads) : shares_(static_cast<size_t>(std::max(threads, 1))) {
   try {
     for (int thread = 1; thread < threads; ++thread) {
       workers_.emplace_back([this, thread] { work(thread); });
@@ -65,8 +66,11 @@ ThreadPool::~ThreadPool() {
 void ThreadPool::run(int tasks, void* context, Call call) {
   context_ = context;
   call_ = call;
-  tasks_ = tasks;
-  next_.store(0, std::memory_order_relaxed);
+  const auto count = static_cast<int64_t>(shares_.size());
+  for (int64_t i = 0; i < count; ++i) {
+    shares_[i].next.store(static_cast<int>(tasks * i / count), std::memory_order_relaxed);
+    shares_[i].end = static_cast<int>(tasks * (i + 1) / count);
+  }
   state_.fetch_add(kLoop | kOpen);  // publishes the loop
   if (sleepers_.load() > 0) {
     std::lock_guard lock(sleep_mutex_);
@@ -106,15 +110,22 @@ void ThreadPool::work(int thread) {
 }
 
 void ThreadPool::take_tasks(int thread) {
+  const size_t count = shares_.size();
+  for (size_t i = 0; i < count; ++i) {
+    take_share(shares_[(static_cast<size_t>(thread) + i) % count], thread);
+  }
+}
+
+void ThreadPool::take_share(Share& share, int thread) {
   for (;;) {
-    const int task = next_.fetch_add(1, std::memory_order_relaxed);
-    if (task >= tasks_) return;
+    const int task = share.next.fetch_add(1, std::memory_order_relaxed);
+    if (task >= share.end) return;
     try {
       call_(context_, task, thread);
     } catch (...) {
       std::lock_guard lock(failure_mutex_);
       if (!failure_) failure_ = std::current_exception();
-      next_.store(tasks_, std::memory_order_relaxed);
+      for (Share& each : shares_) each.next.store(each.end, std::memory_order_relaxed);
     }
   }
 }

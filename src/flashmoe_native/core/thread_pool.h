@@ -22,9 +22,10 @@ class ThreadPool {
 
   int threads() const { return static_cast<int>(workers_.size()) + 1; }
 
-  // Calls body(task, thread) once for each task in [0, tasks), 0 <= thread < threads(), tasks
-  // handed out in order. Returns when all are done. The first exception that a task throws is
-  // rethrown; the tasks not yet begun are then left out.
+  // Calls body(task, thread) once for each task in [0, tasks), 0 <= thread < threads(). Each thread
+  // goes through a share of the tasks in order, so that what neighbouring tasks read is one run of
+  // memory to it, and then helps the others with theirs. Returns when all are done. The first
+  // exception that a task throws is rethrown; the tasks not yet begun are then left out.
   template <class Body>
   void parallel_for(int tasks, Body&& body) {
     if (tasks <= 1 || workers_.empty()) {
@@ -41,17 +42,23 @@ class ThreadPool {
  private:
   using Call = void (*)(void* context, int task, int thread);
 
+  // Tasks of the loop in progress: those from `next` on are not begun.
+  struct alignas(64) Share {
+    std::atomic<int> next{0};
+    int end = 0;
+  };
+
   void run(int tasks, void* context, Call call);
   void work(int thread);
   void take_tasks(int thread);
+  void take_share(Share& share, int thread);
 
   std::vector<std::thread> workers_;
+  std::vector<Share> shares_;  // of each thread
 
   // The loop in progress. Written by the caller while no worker is inside (see state_).
   void* context_ = nullptr;
   Call call_ = nullptr;
-  int tasks_ = 0;
-  alignas(64) std::atomic<int> next_{0};
   std::mutex failure_mutex_;
   std::exception_ptr failure_;
 

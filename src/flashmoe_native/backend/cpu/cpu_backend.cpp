@@ -17,7 +17,7 @@ namespace flashmoe {
 namespace {
 
 constexpr int kRowUnit = 32;          // rows of a task are a multiple of it: what kernels take
-constexpr int kTasksPerThread = 8;    // enough that threads of unequal speed end together
+constexpr int kTasksPerThread = 32;   // enough that threads of unequal speed end together
 constexpr int64_t kMinCells = 32768;  // weight elements times tokens that are worth a task
 constexpr int kSmall = 16384;  // floats of an elementwise operation not worth a second thread
 
@@ -252,7 +252,10 @@ void CpuBackend::route(int n, int experts, int top_k, bool renormalise, const fl
 
 void CpuBackend::experts(int n, const float* x, std::span<const ExpertCall> calls) {
   // Rows of gate and up of a task: whole groups of the input of down, which the task quantises.
-  constexpr int kUnit = 128;
+  const auto unit = [](const ExpertCall& call) { return std::max(64, call.down.group); };
+  const auto tasks_of = [&](const ExpertCall& call) {
+    return divide_up(call.gate.rows, unit(call));
+  };
   if (calls.empty()) return;
   const int cols = calls[0].gate.cols;
   const auto quantised = [&](const Matrix& weight) { return int8_ && weight.bits != 0; };
@@ -278,7 +281,7 @@ void CpuBackend::experts(int n, const float* x, std::span<const ExpertCall> call
   for (const ExpertCall& call : calls) {
     offsets_.push_back(floats);
     floats += call.tokens.size() * static_cast<size_t>(padded(call.gate.rows));
-    first_tasks += divide_up(call.gate.rows, kUnit);
+    first_tasks += tasks_of(call);
     second_rows = std::max(second_rows, call.down.rows);
     cells += int64_t{call.down.cols} * static_cast<int64_t>(call.tokens.size());
     if (quantised(call.down)) bytes += int8_bytes(call.down, static_cast<int>(call.tokens.size()));
@@ -296,10 +299,10 @@ void CpuBackend::experts(int n, const float* x, std::span<const ExpertCall> call
 
   pool_.parallel_for(first_tasks, [&](int task, int) {
     size_t index = 0;
-    for (int here; task >= (here = divide_up(calls[index].gate.rows, kUnit)); task -= here) ++index;
+    for (int here; task >= (here = tasks_of(calls[index])); task -= here) ++index;
     const ExpertCall& call = calls[index];
     const int tokens = static_cast<int>(call.tokens.size()), width = call.gate.rows;
-    const int begin = task * kUnit, end = std::min(begin + kUnit, width);
+    const int begin = task * unit(call), end = std::min(begin + unit(call), width);
     float* gate = gates + offsets_[index];
     float* up = ups + offsets_[index];
     multiply({&call.gate, begin, end, tokens, call.tokens.data(), nullptr, gate, width, false}, x);

@@ -26,11 +26,13 @@ struct DeltaToken {
 
 // One token on kDeltaColumns columns of the state, whose rows are `stride` apart, with
 // o = S_new^T q written as decay S^T q + (k · q) d so that the state is read once for both sums.
-// `state_out` may be `state`; with Stream it is written past the caches.
+// `state_out` may be `state`; with Stream it is written past the caches, and the columns at `next`,
+// of which nothing is near yet, are asked for.
 template <bool Stream>
 FLASHMOE_INLINE void delta_step(int key_dim, const DeltaToken& token, const float* k,
                                 const float* q, const float* v, ptrdiff_t stride,
-                                const float* state, float* state_out, float* out) {
+                                const float* state, float* state_out, float* out,
+                                const float* next) {
   constexpr int kVectors = kDeltaColumns / kLanes;
   Floats by_key[kVectors] = {}, by_query[kVectors] = {};
   for (int i = 0; i < key_dim; ++i) {
@@ -52,6 +54,7 @@ FLASHMOE_INLINE void delta_step(int key_dim, const DeltaToken& token, const floa
       const ptrdiff_t at = i * stride + c * kLanes;
       const Floats s = multiply_add(key, d[c], load(state + at) * token.decay);
       if constexpr (Stream) {
+        if (c * kLanes % 16 == 0) __builtin_prefetch(next + at, 0, 2);
         stream(state_out + at, s);
       } else {
         store(state_out + at, s);
@@ -107,8 +110,10 @@ void gated_delta(int n, const DeltaCall& call, int head, float* scratch) {
       const int count = value_dim - column < kDeltaColumns ? value_dim - column : kDeltaColumns;
       if (n == 1 && count == kDeltaColumns) {
         const float* v = call.qkv + 2 * key_width + value_offset + column;
+        const bool last = column + kDeltaColumns >= value_dim;
+        const float* next = state_in + (last ? key_dim * value_dim : column + kDeltaColumns);
         delta_step<true>(key_dim, tokens[0], normed_keys, queries, v, value_dim, state_in + column,
-                         state_out + column, outputs + column);
+                         state_out + column, outputs + column, next);
         continue;
       }
       for (int i = 0; i < key_dim; ++i) {
@@ -125,7 +130,7 @@ void gated_delta(int n, const DeltaCall& call, int head, float* scratch) {
           store(value + c, load(v + column + c, count - c));
         }
         delta_step<false>(key_dim, tokens[i], normed_keys + i * keys, queries + i * keys, value,
-                          kDeltaColumns, state, state, outputs + i * values + column);
+                          kDeltaColumns, state, state, outputs + i * values + column, nullptr);
       }
       for (int i = 0; i < key_dim; ++i) {
         for (int c = 0; c < count; c += kLanes) {
