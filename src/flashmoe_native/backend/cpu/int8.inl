@@ -19,7 +19,7 @@ FLASHMOE_INLINE float pairwise_sum(const Block<Floats>& sums) {
 // reads at three quarters of the rate.
 template <int Bits, int Group, DType D>
 FLASHMOE_INLINE void prefetch_ahead(const Matrix& m, const uint8_t* weight, int64_t group) {
-  constexpr int kFar = 8192, kNear = 1024, kGroupBytes = Group * Bits / 8;
+  constexpr int kFar = 12288, kNear = 1024, kGroupBytes = Group * Bits / 8;
   constexpr int kFirstLevel = 3, kSecondLevel = 2;
   for (int line = 0; line < 16 * kGroupBytes; line += 64) {
     __builtin_prefetch(weight + kFar + line, 0, kSecondLevel);
