@@ -10,9 +10,9 @@ constexpr uint64_t kOpen = uint64_t{1} << 31;
 constexpr uint64_t kInside = kOpen - 1;
 constexpr uint64_t kLoop = uint64_t{1} << 32;
 
-// Between two operations of a decode step a worker waits a few microseconds, between two steps about
-// a hundred; before it sleeps it spins for longer than that, and for less than a read from disk
-// takes.
+// Between two operations of a decode step a worker waits a few microseconds, between two steps
+// about a hundred; before it sleeps it spins for longer than that, and for less than a read from
+// disk takes.
 constexpr auto kSpin = std::chrono::microseconds(200);
 constexpr int kPausesPerClock = 64;
 

@@ -25,10 +25,10 @@ FLASHMOE_INLINE __m512i load_halves(const uint16_t* row, int count) {
   return _mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint32_t{1} << count) - 1), row);
 }
 
-// Rows follow one another in memory: those of the next vector of keys are on their way while this
-// one is computed with.
+// Rows follow one another in memory: those of the vector of keys after the next are on their way
+// into the second-level cache while this one is computed with.
 FLASHMOE_INLINE void prefetch_ahead(const uint16_t* row, int dim) {
-  __builtin_prefetch(row + kLanes * dim);
+  __builtin_prefetch(row + 2 * kLanes * dim, 0, 2);
 }
 
 // `count` keys, as pairs of dimensions: tile[pair][kKeyTile], zero past the last key.
