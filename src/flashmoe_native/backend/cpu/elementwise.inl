@@ -24,8 +24,14 @@ void causal_conv(int n, const ConvCall& call, int begin, int end) {
   const ptrdiff_t channels = call.channels;
   Floats weight[kMaxConvKernel],
       window[kMaxConvKernel];  // window: the last `taps` inputs, oldest first
+  constexpr int kAhead =
+      256;  // channels; each row of them is too short for the hardware to foresee
   for (int c = begin; c < end; c += kLanes) {
     const int count = end - c;
+    for (int k = 0; k < taps; ++k) {
+      __builtin_prefetch(call.weight + k * channels + c + kAhead);
+      __builtin_prefetch(call.state_in + k * channels + c + kAhead);
+    }
     for (int k = 0; k < taps; ++k) weight[k] = load(call.weight + k * channels + c, count);
     for (int k = 0; k + 1 < taps; ++k)
       window[k + 1] = load(call.state_in + k * channels + c, count);
