@@ -11,9 +11,11 @@ constexpr uint64_t kInside = kOpen - 1;
 constexpr uint64_t kLoop = uint64_t{1} << 32;
 
 // Between two operations of a decode step a worker waits a few microseconds, between two steps
-// about a hundred; before it sleeps it spins for longer than that, and for less than a read from
-// disk takes.
+// about a hundred; before it sleeps it spins for longer than that, and for less than an expert's
+// read from disk takes.
 constexpr auto kSpin = std::chrono::microseconds(200);
+// The caller, whose worker may have lost its core, offers its own after less.
+constexpr auto kYield = std::chrono::microseconds(50);
 constexpr int kPausesPerClock = 64;
 
 inline void pause() {
@@ -24,10 +26,10 @@ inline void pause() {
 #endif
 }
 
-// Spins until `ready` or the spin time is over; says which.
+// Spins until `ready` or the time is over; says which.
 template <class Ready>
-bool spin(Ready ready) {
-  const auto end = std::chrono::steady_clock::now() + kSpin;
+bool spin(std::chrono::microseconds time, Ready ready) {
+  const auto end = std::chrono::steady_clock::now() + time;
   do {
     for (int i = 0; i < kPausesPerClock; ++i) {
       if (ready()) return true;
@@ -80,7 +82,7 @@ void ThreadPool::run(int tasks, void* context, Call call) {
   take_tasks(0);
   state_.fetch_and(~kOpen);
   const auto all_left = [this] { return (state_.load() & kInside) == 0; };
-  while (!spin(all_left)) std::this_thread::yield();
+  while (!spin(kYield, all_left)) std::this_thread::yield();
   if (failure_) {
     std::exception_ptr failure = std::move(failure_);
     failure_ = nullptr;
@@ -96,7 +98,7 @@ void ThreadPool::work(int thread) {
       state = state_.load();
       return stop_.load() || (state / kLoop != seen && (state & kOpen));
     };
-    if (!spin(has_news)) {
+    if (!spin(kSpin, has_news)) {
       std::unique_lock lock(sleep_mutex_);
       ++sleepers_;
       wake_.wait(lock, has_news);
@@ -118,7 +120,7 @@ void ThreadPool::take_tasks(int thread) {
 }
 
 void ThreadPool::take_share(Share& share, int thread) {
-  for (;;) {
+  while (share.next.load(std::memory_order_relaxed) < share.end) {
     const int task = share.next.fetch_add(1, std::memory_order_relaxed);
     if (task >= share.end) return;
     try {

@@ -149,6 +149,7 @@ class CpuBackend final : public Backend {
   Scratch queries_, partials_, activations_;
   std::vector<Int8Input> down_inputs_;
   std::vector<size_t> offsets_;
+  std::vector<int> task_ends_;
   Scratch down_memory_;
 };
 
@@ -160,7 +161,8 @@ void CpuBackend::attention(int n, const AttentionCall& call) {
     kernels_.attention_append(call, t, q, scratch.data());
   });
 
-  constexpr int kQueries = 64;  // of a task: its scores are 64 KiB
+  constexpr int kQueries = 64;        // of a task: its scores are 64 KiB
+  constexpr int kUnitsPerThread = 8;  // with fewer, the keys are divided too, which takes memory
   const int tokens = std::max(1, kQueries / group);
   const int token_blocks = divide_up(n, tokens);
   const int key_blocks = divide_up(call.position + n, kKeyBlock);
@@ -186,7 +188,7 @@ void CpuBackend::attention(int n, const AttentionCall& call) {
     kernels_.attention_merge((block.last - block.first) * group, call.head_dim, into, from);
   };
 
-  if (units >= kTasksPerThread * pool_.threads() || pool_.threads() == 1 || key_blocks == 1) {
+  if (units >= kUnitsPerThread * pool_.threads() || pool_.threads() == 1 || key_blocks == 1) {
     pool_.parallel_for(units, [&](int unit, int thread) {
       AttentionBlock block = unit_block(unit);
       float* memory =
@@ -253,9 +255,6 @@ void CpuBackend::route(int n, int experts, int top_k, bool renormalise, const fl
 void CpuBackend::experts(int n, const float* x, std::span<const ExpertCall> calls) {
   // Rows of gate and up of a task: whole groups of the input of down, which the task quantises.
   const auto unit = [](const ExpertCall& call) { return std::max(64, call.down.group); };
-  const auto tasks_of = [&](const ExpertCall& call) {
-    return divide_up(call.gate.rows, unit(call));
-  };
   if (calls.empty()) return;
   const int cols = calls[0].gate.cols;
   const auto quantised = [&](const Matrix& weight) { return int8_ && weight.bits != 0; };
@@ -274,6 +273,7 @@ void CpuBackend::experts(int n, const float* x, std::span<const ExpertCall> call
 
   // Every call's silu(gate x) * up x, [tokens, intermediate], and up x beside it.
   offsets_.clear();
+  task_ends_.clear();
   down_inputs_.clear();
   size_t floats = 0, bytes = 0;
   int first_tasks = 0, second_rows = 0;
@@ -281,7 +281,8 @@ void CpuBackend::experts(int n, const float* x, std::span<const ExpertCall> call
   for (const ExpertCall& call : calls) {
     offsets_.push_back(floats);
     floats += call.tokens.size() * static_cast<size_t>(padded(call.gate.rows));
-    first_tasks += tasks_of(call);
+    first_tasks += divide_up(call.gate.rows, unit(call));
+    task_ends_.push_back(first_tasks);
     second_rows = std::max(second_rows, call.down.rows);
     cells += int64_t{call.down.cols} * static_cast<int64_t>(call.tokens.size());
     if (quantised(call.down)) bytes += int8_bytes(call.down, static_cast<int>(call.tokens.size()));
@@ -298,11 +299,12 @@ void CpuBackend::experts(int n, const float* x, std::span<const ExpertCall> call
   }
 
   pool_.parallel_for(first_tasks, [&](int task, int) {
-    size_t index = 0;
-    for (int here; task >= (here = tasks_of(calls[index])); task -= here) ++index;
+    const auto index = static_cast<size_t>(
+        std::upper_bound(task_ends_.begin(), task_ends_.end(), task) - task_ends_.begin());
     const ExpertCall& call = calls[index];
     const int tokens = static_cast<int>(call.tokens.size()), width = call.gate.rows;
-    const int begin = task * unit(call), end = std::min(begin + unit(call), width);
+    const int begin = (index > 0 ? task - task_ends_[index - 1] : task) * unit(call);
+    const int end = std::min(begin + unit(call), width);
     float* gate = gates + offsets_[index];
     float* up = ups + offsets_[index];
     multiply({&call.gate, begin, end, tokens, call.tokens.data(), nullptr, gate, width, false}, x);

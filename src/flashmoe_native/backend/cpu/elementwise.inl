@@ -30,11 +30,12 @@ void causal_conv(int n, const ConvCall& call, int begin, int end) {
     const int count = end - c;
     for (int k = 0; k < taps; ++k) {
       __builtin_prefetch(call.weight + k * channels + c + kAhead);
-      __builtin_prefetch(call.state_in + k * channels + c + kAhead);
+      weight[k] = load(call.weight + k * channels + c, count);
     }
-    for (int k = 0; k < taps; ++k) weight[k] = load(call.weight + k * channels + c, count);
-    for (int k = 0; k + 1 < taps; ++k)
+    for (int k = 0; k + 1 < taps; ++k) {
+      __builtin_prefetch(call.state_in + k * channels + c + kAhead);
       window[k + 1] = load(call.state_in + k * channels + c, count);
+    }
     for (int t = 0; t < n; ++t) {
       float* x = call.x + t * channels + c;
       for (int k = 0; k + 1 < taps; ++k) window[k] = window[k + 1];
