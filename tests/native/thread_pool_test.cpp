@@ -1,11 +1,13 @@
 // ThreadPool: every task runs once, on a thread of its own at a time; exceptions come back.
 #include "core/thread_pool.h"
 
+#include <atomic>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
 using flashmoe::ThreadPool;
@@ -39,6 +41,23 @@ void every_task_runs_once() {
     ThreadPool pool(threads);
     expect(pool.threads() == threads, "threads counts the caller");
     run_loops(pool, 3000);
+  }
+}
+
+// The caller's first task lasts until all others are done, some of which are of its own share.
+void threads_that_are_done_help_the_others() {
+  for (const int threads : {2, 4}) {
+    ThreadPool pool(threads);
+    constexpr int kTasks = 64;
+    std::atomic<int> done = 0;
+    const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(60);
+    pool.parallel_for(kTasks, [&](int task, int) {
+      while (task == 0 && done < kTasks - 1 && std::chrono::steady_clock::now() < end) {
+        std::this_thread::yield();
+      }
+      if (task == 0) expect(done == kTasks - 1, "no task waits for a thread that is busy");
+      ++done;
+    });
   }
 }
 
@@ -92,6 +111,7 @@ void pools_come_and_go() {
 
 int main() {
   every_task_runs_once();
+  threads_that_are_done_help_the_others();
   workers_that_slept_come_back();
   pools_do_not_disturb_each_other();
   the_first_exception_comes_back_and_the_pool_goes_on();
