@@ -82,13 +82,20 @@ void pools_do_not_disturb_each_other() {
 void the_first_exception_comes_back_and_the_pool_goes_on() {
   for (const int threads : {1, 4}) {
     ThreadPool pool(threads);
-    for (int i = 0; i < 200; ++i) {
+    for (int i = 0; i < 100; ++i) {
       bool caught = false;
       std::atomic<int> begun = 0;
+      std::atomic<bool> thrown = false;
       try {
         pool.parallel_for(10000, [&](int task, int) {
           ++begun;
-          if (task == 5) throw std::runtime_error("task 5");
+          if (task == 5) {
+            thrown = true;
+            throw std::runtime_error("task 5");
+          }
+          // The others last until then, and long enough for it to be caught.
+          while (task > 5 && !thrown) std::this_thread::yield();
+          if (task > 5) std::this_thread::sleep_for(std::chrono::milliseconds(1));
         });
       } catch (const std::runtime_error& error) {
         caught = std::string(error.what()) == "task 5";
