@@ -82,7 +82,7 @@ void pools_do_not_disturb_each_other() {
 void the_first_exception_comes_back_and_the_pool_goes_on() {
   for (const int threads : {1, 4}) {
     ThreadPool pool(threads);
-    for (int i = 0; i < 100; ++i) {
+    for (int i = 0; i < 200; ++i) {
       bool caught = false;
       std::atomic<int> begun = 0;
       std::atomic<bool> thrown = false;

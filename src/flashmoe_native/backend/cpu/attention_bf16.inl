@@ -30,8 +30,8 @@ FLASHMOE_INLINE __m512i load_halves(const uint16_t* row, int count) {
 FLASHMOE_INLINE void prefetch_step(const uint16_t* next, int step) {
   if (next == nullptr) return;
   const auto* line = reinterpret_cast<const char*>(next) + 128 * static_cast<ptrdiff_t>(step);
-  __builtin_prefetch(line, 0, 2);
-  __builtin_prefetch(line + 64, 0, 2);
+  prefetch_far(line);
+  prefetch_far(line + 64);
 }
 
 // `count` keys, as pairs of dimensions: tile[pair][kKeyTile], zero past the last key.

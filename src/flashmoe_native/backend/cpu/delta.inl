@@ -54,7 +54,7 @@ FLASHMOE_INLINE void delta_step(int key_dim, const DeltaToken& token, const floa
       const ptrdiff_t at = i * stride + c * kLanes;
       const Floats s = multiply_add(key, d[c], load(state + at) * token.decay);
       if constexpr (Stream) {
-        if (c * kLanes % 16 == 0) __builtin_prefetch(next + at, 0, 2);
+        if (c * kLanes % 16 == 0) prefetch_far(next + at);
         stream(state_out + at, s);
       } else {
         store(state_out + at, s);

@@ -20,14 +20,13 @@ FLASHMOE_INLINE float pairwise_sum(const Block<Floats>& sums) {
 template <int Bits, int Group, DType D>
 FLASHMOE_INLINE void prefetch_ahead(const Matrix& m, const uint8_t* weight, int64_t group) {
   constexpr int kFar = 12288, kNear = 1024, kGroupBytes = Group * Bits / 8;
-  constexpr int kFirstLevel = 3, kSecondLevel = 2;
   for (int line = 0; line < 16 * kGroupBytes; line += 64) {
-    __builtin_prefetch(weight + kFar + line, 0, kSecondLevel);
-    __builtin_prefetch(weight + kNear + line, 0, kFirstLevel);
+    prefetch_far(weight + kFar + line);
+    __builtin_prefetch(weight + kNear + line);
   }
   const int64_t far = (group + kFar / kGroupBytes) * static_cast<int64_t>(size_of(D));
-  __builtin_prefetch(m.scales + far, 0, kSecondLevel);
-  __builtin_prefetch(m.biases + far, 0, kSecondLevel);
+  prefetch_far(m.scales + far);
+  prefetch_far(m.biases + far);
 }
 
 // One token at a time: a vector holds groups.

@@ -32,7 +32,7 @@ FLASHMOE_INLINE void unpack_rows(const uint8_t* weight, ptrdiff_t row_bytes, int
       const uint8_t* from = weight + begin;
       const int valid = bytes - at < 4 * kLanes ? bytes - at : 4 * kLanes;
       for (int r = 0; r < kLanes; ++r) {
-        __builtin_prefetch(next + begin + r * row_bytes, 0, 2);
+        prefetch_far(next + begin + r * row_bytes);
         if (valid == 4 * kLanes) {
           __builtin_memcpy(&words[r], from + r * row_bytes, 4 * kLanes);
         } else {
@@ -99,7 +99,7 @@ FLASHMOE_INLINE void load_columns(const std::byte* array, int64_t first, int gro
       const int64_t at = first + static_cast<int64_t>(block * 16 + r) * groups;
       rows[r] = load_block<D>(array, at, count);
       const int64_t ahead = at + static_cast<int64_t>(B * 16) * groups;
-      __builtin_prefetch(array + ahead * static_cast<int64_t>(size_of(D)), 0, 2);
+      prefetch_far(array + ahead * static_cast<int64_t>(size_of(D)));
     }
     for (int a = 0; a < kParts; ++a) {
       for (int b = 0; b < kParts; ++b) {

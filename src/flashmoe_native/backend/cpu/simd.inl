@@ -47,6 +47,12 @@ FLASHMOE_INLINE void fence_streams() {
 #endif
 }
 
+// Asks memory for the line at `at`, into the second-level cache, which can wait for many lines at
+// once; the first level can for few. Any address will do.
+FLASHMOE_INLINE void prefetch_far(const void* at) {
+  __builtin_prefetch(at, 0, 2);
+}
+
 // The first `count` lanes, the others zero; count may be any number.
 FLASHMOE_INLINE Floats load(const float* from, int count) {
   if (count >= kLanes) return load(from);
