@@ -26,10 +26,10 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from flashmoe.bench import bytes_touched
-from flashmoe.checkpoint import Checkpoint
-from flashmoe.machine import available_memory, memory_rate
-from flashmoe.memory import prompt_chunk
+from flashmoe.checkpoint.open import Checkpoint
+from flashmoe.machine.budget import prompt_chunk
+from flashmoe.machine.probe import available_memory, memory_rate
+from flashmoe.measure.bench import bytes_touched
 
 Ids = npt.NDArray[np.int32]
 Logits = npt.NDArray[np.float32]

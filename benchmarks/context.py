@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 from against_peers import FlashMoe
 
-from flashmoe.checkpoint import Checkpoint
-from flashmoe.machine import memory_rate, peak_memory
+from flashmoe.checkpoint.open import Checkpoint
+from flashmoe.machine.probe import memory_rate, peak_memory
 
 
 def main() -> None:

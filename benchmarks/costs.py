@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from against_peers import FlashMoe
 
-from flashmoe.checkpoint import Checkpoint
-from flashmoe.machine import memory_rate, physical_cores
+from flashmoe.checkpoint.open import Checkpoint
+from flashmoe.machine.probe import memory_rate, physical_cores
 
 
 def measure(engine: Any, ids: np.ndarray, tokens: int) -> dict[str, float]:

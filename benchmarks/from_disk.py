@@ -34,8 +34,8 @@ import numpy as np
 from against_peers import PEERS, FlashMoe, exported, summary
 from limits import drop, memory_limit, readahead, readahead_of, touch_memory
 
-from flashmoe.checkpoint import Checkpoint
-from flashmoe.machine import disk_rate
+from flashmoe.checkpoint.open import Checkpoint
+from flashmoe.machine.probe import disk_rate
 
 OVERHEAD = 300_000_000  # bytes of an engine beside weights: interpreter, activations, state
 

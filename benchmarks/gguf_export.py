@@ -21,9 +21,9 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-from flashmoe.checkpoint import Checkpoint
-from flashmoe.config import ModelConfig
-from flashmoe.stored import Extents, Format
+from flashmoe.checkpoint.config import ModelConfig
+from flashmoe.checkpoint.open import Checkpoint
+from flashmoe.checkpoint.table import Extents, Format
 
 Array = npt.NDArray[np.generic]
 BLOCK = 32  # weights of a Q4_0 block

@@ -47,7 +47,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def read(array: np.ndarray, threads: int) -> None:
-    """Reads every byte, as machine.memory_rate does; numpy releases the GIL in the reduction."""
+    """Reads every byte, as probe.memory_rate does; numpy releases the GIL in the reduction."""
     pieces = np.array_split(array, threads)
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(np.max, pieces))

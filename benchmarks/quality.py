@@ -23,8 +23,9 @@ import numpy as np
 from tables import fill, table
 
 import flashmoe
-from flashmoe import evaluate, machine
-from flashmoe.pack import pack
+from flashmoe.machine import probe
+from flashmoe.measure import evaluate
+from flashmoe.pack.pack import pack
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests/data"
@@ -241,7 +242,7 @@ def main() -> None:
     models = checkpoints(args.model, work)
     jobs = [(work, models[bits], bits, experts) for experts in EXPERTS for bits in BITS]
     todo = [job for job in jobs if not (work / f"result-{job[2]}-{job[3]}.json").exists()]
-    with multiprocessing.Pool(machine.physical_cores()) as pool:
+    with multiprocessing.Pool(probe.physical_cores()) as pool:
         pool.map(measure, todo, chunksize=1)
     rows = [json.loads((work / f"result-{j[2]}-{j[3]}.json").read_text()) for j in jobs]
     results = {(row["bits"], row["experts"]): row for row in rows}

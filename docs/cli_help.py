@@ -10,7 +10,7 @@ from pathlib import Path
 import typer
 from typer.testing import CliRunner
 
-from flashmoe.cli import app
+from flashmoe.cli.main import app
 
 PAGE = Path(__file__).with_name("cli.md")
 BLOCK = re.compile(r"(<!-- help (.*?)-->\n).*?(<!-- end -->)", re.DOTALL)

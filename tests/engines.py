@@ -7,8 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 from flashmoe import _native
-from flashmoe.checkpoint import Checkpoint
-from flashmoe.model import KERNELS
+from flashmoe.checkpoint.open import Checkpoint
+from flashmoe.generate.model import KERNELS
 
 Logits = npt.NDArray[np.float32]
 

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from flashmoe import model as model_module
-from flashmoe.config import ModelConfig
+from flashmoe.checkpoint.config import ModelConfig
+from flashmoe.generate import model as model_module
 
 CONFIG: dict[str, Any] = {
     "model_type": "qwen3_5_moe_text",

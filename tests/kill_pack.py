@@ -13,9 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flashmoe.checkpoint import Checkpoint
+from flashmoe.checkpoint.open import Checkpoint
 from flashmoe.errors import CheckpointError
-from flashmoe.pack import pack
+from flashmoe.pack.pack import pack
 
 PWRITE, REPLACE = os.pwrite, Path.replace
 

@@ -9,7 +9,7 @@ import transformers
 from fake_engine import TEMPLATE, make_tokenizer
 
 import flashmoe
-from flashmoe.chat import ChatTemplate
+from flashmoe.generate.chat import ChatTemplate
 
 pytestmark = pytest.mark.reference
 

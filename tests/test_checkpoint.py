@@ -13,9 +13,9 @@ import torch
 from checkpoints import VARIANTS, reference
 from safetensors.torch import load_file, save_file
 
-from flashmoe.checkpoint import Checkpoint
+from flashmoe.checkpoint.open import Checkpoint
+from flashmoe.checkpoint.table import Extents, Format
 from flashmoe.errors import CheckpointError
-from flashmoe.stored import Extents, Format
 
 pytestmark = pytest.mark.reference
 Get = Callable[[str], Path]

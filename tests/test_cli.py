@@ -20,8 +20,8 @@ from fake_engine import (
 from typer.testing import CliRunner
 
 import flashmoe
-from flashmoe import source
-from flashmoe.cli import app
+from flashmoe.checkpoint import find as source
+from flashmoe.cli.main import app
 
 DOCS = Path(__file__).parent.parent / "docs" / "cli.md"
 
@@ -181,7 +181,7 @@ def test_demo_streams_from_the_model_in_the_package(model, monkeypatch) -> None:
 
 
 def test_a_package_without_the_demo_model_says_so(monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(source, "__file__", str(tmp_path / "source.py"))
+    monkeypatch.setattr(source, "__file__", str(tmp_path / "checkpoint" / "find.py"))
     result = _run("demo")
     assert result.exit_code == 1
     assert "demo model is not in this installation" in result.stderr
@@ -208,7 +208,7 @@ def test_bench_measures_several_runs_and_says_where_the_time_goes() -> None:
 
 
 def test_pack_takes_its_options_and_says_what_it_wrote(monkeypatch, tmp_path) -> None:
-    from flashmoe import pack  # noqa: PLC0415
+    from flashmoe.pack import pack  # noqa: PLC0415
 
     asked = {}
 
@@ -253,7 +253,7 @@ def test_a_pack_runs_and_a_wrong_option_is_refused(checkpoint, tmp_path) -> None
 def test_version_and_help_need_no_heavy_imports() -> None:
     code = (
         "import sys; sys.argv = ['flashmoe', '--help']\n"
-        "from flashmoe.cli import main\n"
+        "from flashmoe.cli.main import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
         "heavy = {'numpy', 'rich.console', 'tokenizers', 'jinja2', 'huggingface_hub'}\n"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from flashmoe.config import ModelConfig
+from flashmoe.checkpoint.config import ModelConfig
 from flashmoe.errors import CheckpointError
 
 # Qwen3.5-397B-A17B's, less what no text model reads.

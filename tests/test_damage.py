@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from flashmoe.checkpoint import Checkpoint
+from flashmoe.checkpoint.open import Checkpoint
 from flashmoe.errors import CheckpointError
 
 pytestmark = pytest.mark.reference

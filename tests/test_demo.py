@@ -8,7 +8,7 @@ import pytest
 from engines import TestEngine, spread
 
 import flashmoe
-from flashmoe.evaluate import log_softmax, mean, read_text, score_text
+from flashmoe.measure.evaluate import log_softmax, mean, read_text, score_text
 
 DEMO = Path(flashmoe.__file__).parent / "demo_model"
 HELDOUT = Path(__file__).parent / "data" / "heldout.txt"

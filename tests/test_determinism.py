@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from engines import TestEngine, random_ids
 
-from flashmoe.checkpoint import Checkpoint
+from flashmoe.checkpoint.open import Checkpoint
 
 pytestmark = pytest.mark.reference
 NAMES = ["odd", "next-ratio-4", "mlx-4", "mlx-2"]

@@ -10,9 +10,9 @@ from fake_engine import hashed, install, make_directory
 from typer.testing import CliRunner
 
 import flashmoe
-from flashmoe import evaluate
-from flashmoe.cli import app
-from flashmoe.evaluate import Prompt, follows, judge, parse_call, proportion
+from flashmoe.cli.main import app
+from flashmoe.measure import evaluate
+from flashmoe.measure.evaluate import Prompt, follows, judge, parse_call, proportion
 
 TEXT = "The quick brown fox jumps over the lazy dog, and it is not even late. " * 4
 SCHEMA = {

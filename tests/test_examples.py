@@ -21,8 +21,8 @@ pytestmark = pytest.mark.reference
 def _run(directory: Path, code: str) -> str:
     """Output of a program for which "demo" is the model in `directory`."""
     head = (
-        "import sys; from pathlib import Path; import flashmoe.source\n"
-        f"flashmoe.source.demo_directory = lambda: Path({str(directory)!r})\n"
+        "import sys; from pathlib import Path; import flashmoe.checkpoint.find\n"
+        f"flashmoe.checkpoint.find.demo_directory = lambda: Path({str(directory)!r})\n"
         "sys.argv = ['example']\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

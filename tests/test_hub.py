@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from flashmoe.checkpoint import Checkpoint
+from flashmoe.checkpoint.open import Checkpoint
 
 pytestmark = pytest.mark.reference
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -13,13 +13,14 @@ import pytest
 import safetensors
 from test_hub import Hub, hub  # noqa: F401  (a fixture)
 
-from flashmoe import ArgumentError, Model, machine
-from flashmoe.checkpoint import Checkpoint
-from flashmoe.config import ModelConfig
-from flashmoe.info import describe, summarise
-from flashmoe.memory import check_room, default_cache
-from flashmoe.report import info_lines, size
-from flashmoe.safetensors import Tensor
+from flashmoe import ArgumentError, Model
+from flashmoe.checkpoint.config import ModelConfig
+from flashmoe.checkpoint.headers import Tensor
+from flashmoe.checkpoint.open import Checkpoint
+from flashmoe.cli.report import info_lines, size
+from flashmoe.machine import probe
+from flashmoe.machine.budget import check_room, default_cache
+from flashmoe.measure.info import describe, summarise
 
 # Qwen3.5-397B-A17B, from its published config.json.
 QWEN_397B = {
@@ -166,7 +167,7 @@ def test_weights_or_a_cache_that_memory_has_no_room_for_are_refused(
         check_room(big, 0, 1 << 30)
     with pytest.raises(ArgumentError, match=r"cache 64\.42 GB more; 51\.54 GB .* a smaller cache"):
         check_room(big, 60 << 30, 48 << 30)
-    monkeypatch.setattr(machine, "available_memory", lambda: 1_000_000)
+    monkeypatch.setattr(probe, "available_memory", lambda: 1_000_000)
     with pytest.raises(ArgumentError, match="fewer bits"):
         Model("demo")
 
@@ -212,14 +213,14 @@ def test_the_estimate_follows_from_the_stated_rates(checkpoint, monkeypatch) -> 
     directory = str(checkpoint("mlx-4"))
     summary = describe(directory, disk_rate=1e6, memory_rate=1e9).summary
     half = summary.resident + summary.experts // 2
-    monkeypatch.setattr(machine, "available_memory", lambda: half)
+    monkeypatch.setattr(probe, "available_memory", lambda: half)
     fit = describe(directory, disk_rate=1e6, memory_rate=1e9).fit
     assert fit.cached_share == pytest.approx(0.5, abs=0.01)
     assert (fit.disk_rate_source, fit.memory_rate_source) == ("stated", "stated")
     from_disk = 0.5 * summary.read_per_token / 1e6
     assert 0 < 1 / fit.tokens_per_second - from_disk < 0.01 * from_disk + 1e-3
     assert fit.fits_memory
-    monkeypatch.setattr(machine, "available_memory", lambda: summary.resident - 1)
+    monkeypatch.setattr(probe, "available_memory", lambda: summary.resident - 1)
     info = describe(directory, disk_rate=1e6, memory_rate=1e9)
     assert not info.fit.fits_memory
     assert "too little memory here" in "\n".join(info_lines(info))
@@ -264,10 +265,10 @@ def test_sizes_read_well() -> None:
 @pytest.fixture
 def cgroup(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """An empty folder that is taken for that of this process's cgroup, of version 2."""
-    real = machine._read
-    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
+    real = probe._read
+    monkeypatch.setattr(probe, "_CGROUP", tmp_path)
     monkeypatch.setattr(
-        machine, "_read", lambda p: "0::/" if str(p) == "/proc/self/cgroup" else real(p)
+        probe, "_read", lambda p: "0::/" if str(p) == "/proc/self/cgroup" else real(p)
     )
     (tmp_path / "cgroup.controllers").touch()
     return tmp_path
@@ -275,35 +276,35 @@ def cgroup(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def test_cores_respect_affinity_and_quota(cgroup: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     siblings = {0: "0,4", 4: "0,4", 1: "1,5", 5: "1,5", 2: "2"}
-    real = machine._read
+    real = probe._read
 
     def read(path: Path) -> str | None:
         if "topology" in str(path):
             return siblings[int(path.parts[-3].removeprefix("cpu"))]
         return real(path)
 
-    monkeypatch.setattr(machine, "_read", read)
+    monkeypatch.setattr(probe, "_read", read)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 4, 1, 5, 2}, raising=False)
-    assert machine.physical_cores() == 3
+    assert probe.physical_cores() == 3
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 4})
-    assert machine.physical_cores() == 1
+    assert probe.physical_cores() == 1
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
     (cgroup / "cpu.max").write_text("200000 100000\n")
-    assert machine.physical_cores() == 2
+    assert probe.physical_cores() == 2
     (cgroup / "cpu.max").write_text("50000 100000\n")
-    assert machine.physical_cores() == 1
+    assert probe.physical_cores() == 1
     (cgroup / "cpu.max").write_text("max 100000\n")
-    assert machine.physical_cores() == 3
+    assert probe.physical_cores() == 3
 
 
 def test_memory_respects_the_cgroups_limit(cgroup: Path) -> None:
-    free = machine.available_memory()
-    assert 0 < free <= machine.total_memory()
+    free = probe.available_memory()
+    assert 0 < free <= probe.total_memory()
     (cgroup / "memory.max").write_text("1000000\n")
     (cgroup / "memory.current").write_text("400000\n")
-    assert machine.available_memory() == 600000
+    assert probe.available_memory() == 600000
     (cgroup / "memory.stat").write_text("anon 250000\ninactive_file 100000\nactive_file 50000\n")
-    assert machine.available_memory() == 750000
+    assert probe.available_memory() == 750000
 
 
 def test_the_smallest_limit_around_a_nested_group_counts(
@@ -315,19 +316,17 @@ def test_the_smallest_limit_around_a_nested_group_counts(
         (folder / "memory.limit_in_bytes").write_text(f"{limit}\n")
         (folder / "memory.usage_in_bytes").write_text("100000\n")
         (folder / "memory.stat").write_text("cache 1\ntotal_inactive_file 20000\n")
-    real = machine._read
+    real = probe._read
     own = "5:memory,x:/outer/inner\n1:cpu:/\n0::/\n"
-    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
-    monkeypatch.setattr(
-        machine, "_read", lambda p: own if str(p) == "/proc/self/cgroup" else real(p)
-    )
-    assert machine.available_memory() == 500000 - 100000 + 20000
+    monkeypatch.setattr(probe, "_CGROUP", tmp_path)
+    monkeypatch.setattr(probe, "_read", lambda p: own if str(p) == "/proc/self/cgroup" else real(p))
+    assert probe.available_memory() == 500000 - 100000 + 20000
 
 
 def test_rates_are_measured(tmp_path: Path) -> None:
-    assert machine.memory_rate(1) > 1e8
+    assert probe.memory_rate(1) > 1e8
     path = tmp_path / "weights"
     path.write_bytes(np.random.default_rng(0).bytes(1 << 20))
-    rate = machine.disk_rate([path], 64 << 10, seconds=0.05)
+    rate = probe.disk_rate([path], 64 << 10, seconds=0.05)
     assert rate is None or rate > 0  # None where the file system has no direct reads
-    assert machine.disk_rate([path], 1 << 20) is None
+    assert probe.disk_rate([path], 1 << 20) is None

@@ -66,7 +66,8 @@ def test_a_cache_of_any_size_is_taken(checkpoint) -> None:
 _TIGHT = """
 import resource, sys
 import flashmoe
-from flashmoe import _native, model  # loaded before the limit holds
+from flashmoe import _native
+from flashmoe.generate import model  # loaded before the limit holds
 size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (size + (int(sys.argv[2]) << 20),) * 2)
 try:

@@ -6,8 +6,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from flashmoe.checkpoint import Checkpoint
-from flashmoe.safetensors import read_header
+from flashmoe.checkpoint.headers import read_header
+from flashmoe.checkpoint.open import Checkpoint
 
 
 def test_tokens_spread_over_the_experts_of_every_layer(maker: ModuleType, tmp_path: Path) -> None:

@@ -228,8 +228,8 @@ def test_shapes_without_a_kernel_are_named(simulator: Simulator, checkpoint: Get
 def test_auto_falls_back_to_the_cpu_with_a_warning(simulator: Simulator) -> None:
     code = """
 import sys; sys.platform = "darwin"
-import flashmoe.machine; flashmoe.machine.physical_cores = lambda: 1
-flashmoe.machine.available_memory = lambda: 1 << 30
+import flashmoe.machine.probe; flashmoe.machine.probe.physical_cores = lambda: 1
+flashmoe.machine.probe.available_memory = lambda: 1 << 30
 import logging; logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
 import flashmoe
 print(flashmoe.Model("demo", threads=1, context=64).backend)

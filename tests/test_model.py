@@ -11,7 +11,7 @@ import pytest
 from fake_engine import FakeEngine, hashed, install, make_directory, make_tokenizer, spelling
 
 import flashmoe
-from flashmoe.memory import parse_bytes, prompt_chunk
+from flashmoe.machine.budget import parse_bytes, prompt_chunk
 
 
 @pytest.fixture
@@ -357,7 +357,7 @@ def test_memory_that_is_not_granted_is_an_error_about_the_cache(directory, monke
         raise MemoryError("std::bad_alloc")
 
     install(monkeypatch)
-    monkeypatch.setattr("flashmoe.model.open_engine", refuse)
+    monkeypatch.setattr("flashmoe.generate.model.open_engine", refuse)
     with pytest.raises(flashmoe.ArgumentError, match=r"a cache of 100.0 GB; .* a smaller cache"):
         flashmoe.Model(directory, cache="100GB")
 

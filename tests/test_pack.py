@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from flashmoe.checkpoint import Checkpoint
+from flashmoe.checkpoint.headers import read_header
+from flashmoe.checkpoint.open import Checkpoint
 from flashmoe.errors import ArgumentError, CheckpointError, ReadError, WriteError
-from flashmoe.pack import pack
-from flashmoe.pack_layout import EXPERT_ALIGNMENT, PART_ALIGNMENT
-from flashmoe.safetensors import read_header
+from flashmoe.pack.layout import EXPERT_ALIGNMENT, PART_ALIGNMENT
+from flashmoe.pack.pack import pack
 
 ROOT = Path(__file__).parents[1]
 PREFIX = "language_model.model."
@@ -238,7 +238,7 @@ def test_memory_is_about_that_of_a_layer(maker: ModuleType, tmp_path: Path) -> N
     shape = maker.Shape(512, 8, 32, 2, 256, 64, 320, 4, 2, 64, 2, 4, 64)
     nbytes = maker.make_checkpoint(tmp_path / "source", shape, bits=8)
     script = (
-        "import resource, sys; from flashmoe.pack import pack\n"
+        "import resource, sys; from flashmoe.pack.pack import pack\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "pack(sys.argv[2], sys.argv[3] + '-warm', threads=2); before = peak()\n"
         "pack(sys.argv[1], sys.argv[3], threads=2); print(peak() - before)"

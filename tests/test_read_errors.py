@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from engines import TestEngine, random_ids
 
+from flashmoe.checkpoint.headers import read_header
 from flashmoe.errors import CheckpointError, ReadError, StateError
-from flashmoe.safetensors import read_header
 
 pytestmark = pytest.mark.reference
 GetCheckpoint = Callable[[str], Path]

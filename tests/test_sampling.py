@@ -14,7 +14,7 @@ from transformers.generation.logits_process import (
 )
 
 import flashmoe
-from flashmoe.sampling import Sampler, Sampling, largest
+from flashmoe.generate.sampling import Sampler, Sampling, largest
 
 pytestmark = pytest.mark.reference
 VOCAB = 997

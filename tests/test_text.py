@@ -6,7 +6,7 @@ from fake_engine import decoders_alphabet, make_tokenizer
 from tokenizers import Tokenizer, decoders, models
 
 import flashmoe
-from flashmoe.text import TextStream, load_tokenizer
+from flashmoe.generate.text import TextStream, load_tokenizer
 
 
 @pytest.fixture(scope="module")

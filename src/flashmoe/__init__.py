@@ -21,10 +21,10 @@ from flashmoe.errors import (
 )
 
 if TYPE_CHECKING:
-    from flashmoe.model import Model, Token
-    from flashmoe.sampling import Sampling
-    from flashmoe.state import State
-    from flashmoe.stats import Stats
+    from flashmoe.generate.model import Model, Token
+    from flashmoe.generate.sampling import Sampling
+    from flashmoe.generate.state import State
+    from flashmoe.generate.stats import Stats
 
     __version__: str
 
@@ -46,11 +46,11 @@ __all__ = [
 
 # On first use: the command line answers --help without numpy and the native core.
 _MODULES = {
-    "Model": "flashmoe.model",
-    "Sampling": "flashmoe.sampling",
-    "State": "flashmoe.state",
-    "Stats": "flashmoe.stats",
-    "Token": "flashmoe.model",
+    "Model": "flashmoe.generate.model",
+    "Sampling": "flashmoe.generate.sampling",
+    "State": "flashmoe.generate.state",
+    "Stats": "flashmoe.generate.stats",
+    "Token": "flashmoe.generate.model",
 }
 
 

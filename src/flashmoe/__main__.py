@@ -1,3 +1,3 @@
-from flashmoe.cli import main
+from flashmoe.cli.main import main
 
 main()

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from flashmoe.config import ModelConfig
+from flashmoe.checkpoint.config import ModelConfig
+from flashmoe.checkpoint.index import INDEX, SINGLE, needed_files
 from flashmoe.errors import CheckpointError
-from flashmoe.shards import INDEX, SINGLE, needed_files
 
 _METADATA = (
     "config.json",

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flashmoe import machine
+from flashmoe.machine import probe
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Meter:
             expert_misses=int(grown("expert_misses")),
             read_seconds=grown("read_seconds"),
             wait_seconds=grown("wait_seconds"),
-            peak_memory=machine.peak_memory(),
+            peak_memory=probe.peak_memory(),
             resident_bytes=int(now["resident_bytes"]),
             cache_bytes=int(now["slot_bytes"]),
             experts_per_token=experts_per_token,

@@ -18,14 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from flashmoe import machine
-from flashmoe.checkpoint import JOB, Checkpoint
-from flashmoe.convert import convert_rows, convert_vector
+from flashmoe.checkpoint.find import find_model
+from flashmoe.checkpoint.index import INDEX
+from flashmoe.checkpoint.json import read_json
+from flashmoe.checkpoint.open import JOB, Checkpoint
 from flashmoe.errors import ArgumentError, FlashMoeError, WriteError
-from flashmoe.pack_layout import Plan, PlannedFile, Rows, Vector, make_plan
-from flashmoe.shards import INDEX
-from flashmoe.source import find_model
-from flashmoe.strict_json import read_json
+from flashmoe.machine import probe
+from flashmoe.pack.convert import convert_rows, convert_vector
+from flashmoe.pack.layout import Plan, PlannedFile, Rows, Vector, make_plan
 
 log = logging.getLogger("flashmoe")
 
@@ -109,7 +109,7 @@ def pack(
         log.warning("%s stays at 16 bits: groups of %d do not divide it", path, group_size)
     with _held(Path(destination)) as directory:
         _begin(directory, checkpoint, bits, group_size)
-        job = _Job(directory, checkpoint, plan, threads or machine.physical_cores())
+        job = _Job(directory, checkpoint, plan, threads or probe.physical_cores())
         job.run(progress or (lambda done, total: None))
     return PackSummary(directory, plan.nbytes, job.written, plan.dense)
 

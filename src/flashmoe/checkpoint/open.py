@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flashmoe.config import ModelConfig
+from flashmoe.checkpoint.config import ModelConfig
+from flashmoe.checkpoint.headers import Tensor
+from flashmoe.checkpoint.index import read_tensors, weights_file
+from flashmoe.checkpoint.table import Format, StoredExperts, StoredMatrix, StoredVector
+from flashmoe.checkpoint.weights import WeightFinder
 from flashmoe.errors import CheckpointError
-from flashmoe.layouts import WeightFinder
-from flashmoe.safetensors import Tensor
-from flashmoe.shards import read_tensors, weights_file
-from flashmoe.stored import Format, StoredExperts, StoredMatrix, StoredVector
 
 if TYPE_CHECKING:
     from flashmoe import _native

@@ -19,28 +19,28 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from flashmoe import machine
-from flashmoe.chat import ChatTemplate, Message
-from flashmoe.checkpoint import Checkpoint
+from flashmoe.checkpoint.find import find_model
+from flashmoe.checkpoint.json import read_json
+from flashmoe.checkpoint.open import Checkpoint
 from flashmoe.errors import ArgumentError, CheckpointError, DeviceError, StateError
-from flashmoe.memory import check_room, default_cache, parse_bytes, prompt_chunk
-from flashmoe.sampling import Sampler, Sampling
-from flashmoe.source import find_model
-from flashmoe.state import State
-from flashmoe.stats import Meter, Stats
-from flashmoe.strict_json import read_json
-from flashmoe.text import TextStream, load_tokenizer
+from flashmoe.generate.chat import ChatTemplate, Message
+from flashmoe.generate.sampling import Sampler, Sampling
+from flashmoe.generate.state import State
+from flashmoe.generate.stats import Meter, Stats
+from flashmoe.generate.text import TextStream, load_tokenizer
+from flashmoe.machine import probe
+from flashmoe.machine.budget import check_room, default_cache, parse_bytes, prompt_chunk
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from flashmoe import _native
-    from flashmoe.config import ModelConfig
+    from flashmoe.checkpoint.config import ModelConfig
 
 log = logging.getLogger("flashmoe")
 
 PRECISIONS = ("int8", "float32")
-KERNELS = Path(__file__).parent / "metal"
+KERNELS = Path(__file__).parents[1] / "metal"
 """Where an installed flashmoe has the sources of its GPU kernels."""
 BACKENDS = ("auto", "cpu", "metal")
 MAX_THREADS = 1024
@@ -123,9 +123,9 @@ class Model:
             raise ArgumentError(f"context is {context}; the model's own limit is {limit}")
         self.experts_per_token = own if experts_per_token is None else min(experts_per_token, own)
         self.precision = precision
-        self.threads = threads or machine.physical_cores()
+        self.threads = threads or probe.physical_cores()
         self.context = context or limit
-        available = machine.available_memory()
+        available = probe.available_memory()
         if cache_bytes is None:
             cache_bytes = default_cache(checkpoint, available)
         check_room(checkpoint, cache_bytes, available)

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from flashmoe.config import ModelConfig
-from flashmoe.errors import CheckpointError
-from flashmoe.safetensors import Tensor
-from flashmoe.shards import listed
-from flashmoe.stored import (
+from flashmoe.checkpoint.config import ModelConfig
+from flashmoe.checkpoint.headers import Tensor
+from flashmoe.checkpoint.index import listed
+from flashmoe.checkpoint.table import (
     FLOAT_BYTES,
     Extents,
     Format,
@@ -18,6 +17,7 @@ from flashmoe.stored import (
     StoredMatrix,
     StoredVector,
 )
+from flashmoe.errors import CheckpointError
 
 # Hugging Face with vision, MLX and pack, Hugging Face text only (and MLX's Qwen3-Next).
 _PREFIXES = ("model.language_model.", "language_model.model.", "model.")

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from flashmoe import _native
+from flashmoe.checkpoint.table import Extents, Format, StoredMatrix, StoredVector
 from flashmoe.errors import CheckpointError, ReadError
-from flashmoe.stored import Extents, Format, StoredMatrix, StoredVector
 
 # bfloat16, which numpy lacks, is uint16, as _native has it.
 _NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}

@@ -43,7 +43,7 @@ def find_model(source: str) -> Path:
 
 def demo_directory() -> Path:
     """The demo's checkpoint; CheckpointError where the installed package does not hold it."""
-    directory = Path(__file__).parent / "demo_model"
+    directory = Path(__file__).parents[1] / "demo_model"
     if not (directory / "config.json").is_file():
         raise CheckpointError(
             f"{directory}: the demo model is not in this installation of flashmoe; "

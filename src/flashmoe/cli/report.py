@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flashmoe.info import Info
-    from flashmoe.stats import Stats
+    from flashmoe.generate.stats import Stats
+    from flashmoe.measure.info import Info
 
 
 def size(nbytes: float) -> str:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from flashmoe.checkpoint.headers import Tensor, build_header, read_header, read_metadata
 from flashmoe.errors import CheckpointError, StateError, WriteError
-from flashmoe.safetensors import Tensor, build_header, read_header, read_metadata
 
 if TYPE_CHECKING:
     from flashmoe import _native
-    from flashmoe.model import Model
+    from flashmoe.generate.model import Model
 
 _FORMAT = "flashmoe.state.1"
 # bfloat16 travels as uint16: numpy has no such type.

@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from flashmoe import machine
-from flashmoe.checkpoint import Checkpoint
-from flashmoe.config import ModelConfig
+from flashmoe.checkpoint.config import ModelConfig
+from flashmoe.checkpoint.find import find_local
+from flashmoe.checkpoint.headers import Tensor
+from flashmoe.checkpoint.index import is_skipped
+from flashmoe.checkpoint.open import Checkpoint
+from flashmoe.checkpoint.table import Format
 from flashmoe.errors import ArgumentError, CheckpointError
-from flashmoe.safetensors import Tensor
-from flashmoe.shards import is_skipped
-from flashmoe.source import find_local
-from flashmoe.stored import Format
+from flashmoe.machine import probe
 
 ASSUMED_DISK_RATE = 3e9
 """Bytes a second of a middling NVMe SSD, where nothing was stated and nothing can be measured."""
@@ -246,16 +246,16 @@ def _fit(
     disk_rate: float | None,
     memory_rate: float | None,
 ) -> Fit:
-    available = machine.available_memory()
+    available = probe.available_memory()
     free = shutil.disk_usage(place).free
     disk_source = "assumed" if disk_rate is None else "stated"
     if disk_rate is None and local:
         lengths = np.concatenate([layer.extents[:, 2] for layer in checkpoint.experts])
-        disk_rate = machine.disk_rate(checkpoint.files, int(np.median(lengths)))
+        disk_rate = probe.disk_rate(checkpoint.files, int(np.median(lengths)))
         disk_source = "assumed" if disk_rate is None else "measured"
     memory_source = "measured" if memory_rate is None else "stated"
     disk_rate = disk_rate or ASSUMED_DISK_RATE
-    memory_rate = memory_rate or machine.memory_rate(machine.physical_cores())
+    memory_rate = memory_rate or probe.memory_rate(probe.physical_cores())
 
     cached = min(1.0, max(0, available - summary.resident) / summary.experts)
     embedding = checkpoint.matrices["embed_tokens"].format.nbytes
@@ -263,7 +263,7 @@ def _fit(
     seconds = (swept + summary.read_per_token) / memory_rate
     seconds += (1 - cached) * summary.read_per_token / disk_rate
     return Fit(
-        memory=machine.total_memory(),
+        memory=probe.total_memory(),
         memory_available=available,
         disk_free=free,
         present=local,

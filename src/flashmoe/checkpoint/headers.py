@@ -13,8 +13,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flashmoe.checkpoint.json import parse_object, regular_file_size
 from flashmoe.errors import CheckpointError
-from flashmoe.strict_json import parse_object, regular_file_size
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library, which refuses longer headers."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import sys
 
-from flashmoe.checkpoint import Checkpoint
-from flashmoe.config import ModelConfig
+from flashmoe.checkpoint.config import ModelConfig
+from flashmoe.checkpoint.open import Checkpoint
 from flashmoe.errors import ArgumentError
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}

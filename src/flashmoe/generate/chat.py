@@ -8,8 +8,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flashmoe.checkpoint.json import read_json
 from flashmoe.errors import ArgumentError, CheckpointError
-from flashmoe.strict_json import read_json
 
 if TYPE_CHECKING:
     from jinja2 import Template

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from flashmoe.checkpoint import Checkpoint
-from flashmoe.config import ModelConfig
-from flashmoe.safetensors import build_header
-from flashmoe.stored import FLOAT_BYTES, Format, StoredExperts, StoredMatrix, StoredVector
+from flashmoe.checkpoint.config import ModelConfig
+from flashmoe.checkpoint.headers import build_header
+from flashmoe.checkpoint.open import Checkpoint
+from flashmoe.checkpoint.table import FLOAT_BYTES, Format, StoredExperts, StoredMatrix, StoredVector
 
 RESIDENT = "resident.safetensors"
 EXPERT_ALIGNMENT = 16 << 10

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from flashmoe.errors import ArgumentError
 
 if TYPE_CHECKING:
-    from flashmoe.model import Model
+    from flashmoe.generate.model import Model
 
 WINDOW = 1024
 BLOCK = 128

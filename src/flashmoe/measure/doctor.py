@@ -49,7 +49,7 @@ class Finding:
 def examine() -> Iterator[Finding]:
     """Runs the demo model on each backend, in float32, and compares it with the CPU."""
     from flashmoe import _native  # noqa: PLC0415
-    from flashmoe.model import Model  # noqa: PLC0415
+    from flashmoe.generate.model import Model  # noqa: PLC0415
 
     ids = [int(i) for i in np.random.default_rng(1).integers(3, 6000, PROMPT + STEPS)]
     with Model("demo", backend="cpu", precision="float32") as model:

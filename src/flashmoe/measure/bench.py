@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flashmoe import machine
-from flashmoe.checkpoint import Checkpoint
+from flashmoe.checkpoint.open import Checkpoint
 from flashmoe.errors import ArgumentError
-from flashmoe.info import summarise
-from flashmoe.sampling import Sampler, Sampling
+from flashmoe.generate.sampling import Sampler, Sampling
+from flashmoe.machine import probe
+from flashmoe.measure.info import summarise
 
 if TYPE_CHECKING:
-    from flashmoe.model import Model
+    from flashmoe.generate.model import Model
 
 MEASURED = (
     "prefill_rate",
@@ -71,8 +71,8 @@ def run_bench(
     checkpoint = Checkpoint.open(model.directory)
     largest = max(layer.expert_bytes for layer in checkpoint.experts)
     for count in range(1, runs + 1):
-        memory_rates.append(machine.memory_rate(model.threads))
-        disk_rates.append(machine.disk_rate(checkpoint.files, largest, seconds=1))
+        memory_rates.append(probe.memory_rate(model.threads))
+        disk_rates.append(probe.disk_rate(checkpoint.files, largest, seconds=1))
         sampler = Sampler(Sampling(), None)
         prompted: tuple[Any, Any] | None = None
         for _token in model._steps(

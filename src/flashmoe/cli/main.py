@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from flashmoe.cli.progress import Bar
 from flashmoe.errors import ArgumentError, FlashMoeError
-from flashmoe.progress import Bar
 
 if TYPE_CHECKING:
-    from flashmoe.model import Model, Token
+    from flashmoe.generate.model import Model, Token
 
 DEMO_PROMPT = "What is a mixture of experts?"
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE = 1, 2, 130, 141
@@ -151,7 +151,7 @@ def doctor() -> None:
 
     Exit code 1 if one does not.
     """
-    from flashmoe.doctor import examine  # noqa: PLC0415
+    from flashmoe.measure.doctor import examine  # noqa: PLC0415
 
     good = True
     for finding in examine():
@@ -235,7 +235,7 @@ def generate(
             prompt = sys.stdin.read()
         except UnicodeDecodeError as error:
             raise ArgumentError(f"standard input is not text: {error}") from error
-    from flashmoe.sampling import Sampling  # noqa: PLC0415
+    from flashmoe.generate.sampling import Sampling  # noqa: PLC0415
 
     sampling = {
         "temperature": temperature,
@@ -293,8 +293,8 @@ def pack(
       flashmoe pack mlx-community/Qwen3.5-397B-A17B-4bit ./packed
       flashmoe pack ./Qwen3.5-35B-A3B ./packed-2bit --bits 2 --group-size 32
     """
-    from flashmoe.pack import pack as write  # noqa: PLC0415
-    from flashmoe.report import size  # noqa: PLC0415
+    from flashmoe.cli.report import size  # noqa: PLC0415
+    from flashmoe.pack.pack import pack as write  # noqa: PLC0415
 
     with Bar("packing", "bytes") as progress:
         made = write(
@@ -341,8 +341,8 @@ def info(
       flashmoe info mlx-community/Qwen3.5-397B-A17B-4bit
       flashmoe info ./packed --disk-rate 6.5 --json
     """
-    from flashmoe.info import describe  # noqa: PLC0415
-    from flashmoe.report import info_lines  # noqa: PLC0415
+    from flashmoe.cli.report import info_lines  # noqa: PLC0415
+    from flashmoe.measure.info import describe  # noqa: PLC0415
 
     found = describe(
         source,
@@ -377,8 +377,8 @@ def bench(
       flashmoe bench demo
       flashmoe bench ./packed --tokens 128 --runs 5 --json
     """
-    from flashmoe.bench import run_bench  # noqa: PLC0415
-    from flashmoe.report import bench_lines  # noqa: PLC0415
+    from flashmoe.cli.report import bench_lines  # noqa: PLC0415
+    from flashmoe.measure.bench import run_bench  # noqa: PLC0415
 
     with _open(source, experts_per_token, precision, threads, cache) as model:
         result = run_bench(
@@ -459,8 +459,8 @@ def evaluate(
       flashmoe eval ./packed -k 4 --text notes.txt --reference-experts 0
       flashmoe eval ./packed-2bit --reference ./packed --text notes.txt --prompts prompts.jsonl
     """
-    from flashmoe import evaluate as module  # noqa: PLC0415
-    from flashmoe.report import eval_lines  # noqa: PLC0415
+    from flashmoe.cli.report import eval_lines  # noqa: PLC0415
+    from flashmoe.measure import evaluate as module  # noqa: PLC0415
 
     if text is None and prompts is None:
         raise ArgumentError("nothing to measure; give --text FILE, --prompts FILE or both")
@@ -525,7 +525,7 @@ def _open(
     context: int | None = None,
 ) -> Iterator[Model]:
     """A model, opened with progress on stderr, that says what is in force."""
-    from flashmoe.model import Model  # noqa: PLC0415
+    from flashmoe.generate.model import Model  # noqa: PLC0415
 
     with Bar("loading", "bytes") as progress:
         model = Model(
@@ -568,6 +568,6 @@ def _stream(model: Model, tokens: Generator[Token, None, None], as_json: bool) -
         typer.echo(json.dumps(answer))
         return
     typer.echo()
-    from flashmoe.report import stats_line  # noqa: PLC0415
+    from flashmoe.cli.report import stats_line  # noqa: PLC0415
 
     typer.secho(stats_line(model.stats), err=True, dim=True)

@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
+from flashmoe.checkpoint.headers import Tensor, is_tensor_name, read_header
+from flashmoe.checkpoint.json import read_json
 from flashmoe.errors import CheckpointError
-from flashmoe.safetensors import Tensor, is_tensor_name, read_header
-from flashmoe.strict_json import read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flashmoe.checkpoint.json import read_json
 from flashmoe.errors import CheckpointError
-from flashmoe.strict_json import read_json
 
 MODEL_TYPES = ("qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next")
 LAYER_TYPES = ("linear_attention", "full_attention")
