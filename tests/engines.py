@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from flashmoe import _native
 from flashmoe.checkpoint.open import Checkpoint
-from flashmoe.generate.model import KERNELS
+from flashmoe.generate.engine import KERNELS
 
 Logits = npt.NDArray[np.float32]
 

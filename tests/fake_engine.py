@@ -5,18 +5,22 @@ Its states, exceptions and counters behave as `_native.pyi` says.
 """
 
 import json
-import types
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from flashmoe.checkpoint.config import ModelConfig
+from flashmoe.checkpoint.find import find_local
+from flashmoe.checkpoint.metadata import Metadata
+from flashmoe.checkpoint.open import Checkpoint
+from flashmoe.errors import StateError
 from flashmoe.generate import model as model_module
+from flashmoe.generate.engine import Engine, Setting
 
 CONFIG: dict[str, Any] = {
     "model_type": "qwen3_5_moe_text",
@@ -153,11 +157,16 @@ class FakeEngine:
         self.calls: list[int] = []
         self.closed = False
 
+    def _require_open(self) -> None:
+        if self.closed:
+            raise StateError("this model is closed; open it again with flashmoe.Model(...)")
+
     def new_state(self) -> FakeState:
+        self._require_open()
         return FakeState([])
 
     def forward(self, state: FakeState, ids: np.ndarray, all_logits: bool = False) -> np.ndarray:
-        assert not self.closed
+        self._require_open()
         assert ids.dtype == np.int32
         self.before_forward()
         self.calls.append(len(ids))
@@ -170,6 +179,7 @@ class FakeEngine:
         return np.stack([self.rule(before + ids[: i + 1].tolist(), 0) for i in range(len(ids))])
 
     def stats(self) -> dict[str, float]:
+        self._require_open()
         forwards = len(self.calls)
         return {
             "reads": 10 * forwards,
@@ -184,6 +194,7 @@ class FakeEngine:
             "resident_bytes": 12345,
             "slot_bytes": 6789,
             "activation_bytes": 1,
+            "head_seconds": 0.01 * forwards,
         }
 
     def close(self) -> None:
@@ -192,23 +203,23 @@ class FakeEngine:
 
 def install(monkeypatch: pytest.MonkeyPatch, rule: Rule = hashed) -> FakeEngine:
     """From now on flashmoe.Model opens this engine, whatever the directory's weights."""
-    engine = FakeEngine(rule)
+    native = FakeEngine(rule)
 
-    class FakeCheckpoint:
-        @staticmethod
-        def open(directory: Path) -> Any:
-            config = ModelConfig.load(directory)
-            return types.SimpleNamespace(directory=directory, config=config)
+    def open_checkpoint(source: str | Path) -> Checkpoint:
+        directory = find_local(source)
+        assert directory is not None
+        metadata = Metadata(directory)
+        config = ModelConfig.of(metadata)
+        checkpoint = Checkpoint(str(source), metadata, config, [], {}, {}, [], 0)
+        vars(checkpoint)["fingerprint"] = str(zlib.crc32(repr(config).encode()))
+        return checkpoint
 
-    def open_engine(*_: object, **__: object) -> FakeEngine:
-        engine.closed = False
-        return engine
+    def open_engine(checkpoint: Checkpoint, setting: Setting, progress: object) -> Engine:
+        native.closed = False
+        return Engine(cast(Any, native), checkpoint, setting)
 
-    monkeypatch.setattr(model_module, "Checkpoint", FakeCheckpoint)
+    monkeypatch.setattr(Checkpoint, "open", staticmethod(open_checkpoint))
     monkeypatch.setattr(model_module, "open_engine", open_engine)
     monkeypatch.setattr(model_module, "default_cache", lambda checkpoint, available: 0)
     monkeypatch.setattr(model_module, "check_room", lambda checkpoint, cache, available: None)
-    monkeypatch.setattr(
-        model_module, "_fingerprint", lambda c: str(zlib.crc32(repr(c.config).encode()))
-    )
-    return engine
+    return native

@@ -9,7 +9,8 @@ import transformers
 from fake_engine import TEMPLATE, make_tokenizer
 
 import flashmoe
-from flashmoe.generate.chat import ChatTemplate
+from flashmoe.checkpoint.metadata import Metadata
+from flashmoe.checkpoint.template import ChatTemplate
 
 pytestmark = pytest.mark.reference
 
@@ -221,26 +222,26 @@ def test_a_damaged_template_names_its_file(tmp_path, named) -> None:
     path = tmp_path / "tokenizer_config.json"
     path.write_text(json.dumps({"chat_template": named}))
     with pytest.raises(flashmoe.CheckpointError, match=rf"{path}: chat_template is a list"):
-        ChatTemplate.load(tmp_path)
+        ChatTemplate.load(Metadata(tmp_path))
     path = tmp_path / "chat_template.jinja"
     path.write_bytes(b"\xff")
     with pytest.raises(flashmoe.CheckpointError, match=rf"{path}: cannot be read"):
-        ChatTemplate.load(tmp_path)
+        ChatTemplate.load(Metadata(tmp_path))
 
 
 def test_the_template_is_found_where_checkpoints_keep_it(tmp_path) -> None:
-    assert ChatTemplate.load(tmp_path) is None
+    assert ChatTemplate.load(Metadata(tmp_path)) is None
     path = tmp_path / "tokenizer_config.json"
     path.write_text(
         json.dumps({"chat_template": "A{{ eos_token }}", "eos_token": {"content": "E"}})
     )
-    assert ChatTemplate.load(tmp_path).render([]) == "AE"
+    assert ChatTemplate.load(Metadata(tmp_path)).render([]) == "AE"
     named = [{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T"}]
     path.write_text(json.dumps({"chat_template": named}))
-    assert ChatTemplate.load(tmp_path).render([]) == "D"
-    assert ChatTemplate.load(tmp_path, tools=True).render([]) == "T"
+    assert ChatTemplate.load(Metadata(tmp_path)).render([]) == "D"
+    assert ChatTemplate.load(Metadata(tmp_path), tools=True).render([]) == "T"
     path.unlink()
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "P"}))
-    assert ChatTemplate.load(tmp_path).render([]) == "P"
+    assert ChatTemplate.load(Metadata(tmp_path)).render([]) == "P"
     (tmp_path / "chat_template.jinja").write_text("J")
-    assert ChatTemplate.load(tmp_path).render([]) == "J"
+    assert ChatTemplate.load(Metadata(tmp_path)).render([]) == "J"

@@ -38,7 +38,7 @@ def _run(*arguments: str, stdin: str | None = None):
 
 
 def test_text_goes_to_stdout_and_all_else_to_stderr(model: str) -> None:
-    result = _run("generate", model, "Hello")
+    result = _run("generate", model, "Hello", "-e", "4")
     assert result.exit_code == 0
     assert result.stdout == "Hi there.\n"
     assert "4 of 8 experts per token (the model's own: 6)" in result.stderr
@@ -94,18 +94,18 @@ def test_json_is_one_object_on_stdout(model: str) -> None:
     assert answer["text"] == "Hi there."
     assert "".join(token["text"] for token in answer["tokens"]) == "Hi there."
     assert answer["stats"]["finish_reason"] == "eos"
-    assert answer["stats"]["experts_per_token"] == 4
+    assert answer["stats"]["experts_per_token"] == 6
 
 
 def test_sampling_options_reach_the_model(model: str) -> None:
     result = _run(
-        "generate", model, "x", "--raw", "--stop", "there", "-n", "100", "-k", "2", "--json"
+        "generate", model, "x", "--raw", "--stop", "there", "-n", "100", "-e", "2", "--json"
     )
     answer = json.loads(result.stdout)
     assert answer["text"] == "Hi "
     assert answer["stats"]["experts_per_token"] == 2
     assert (
-        json.loads(_run("generate", model, "x", "-k", "0", "--json").stdout)["stats"][
+        json.loads(_run("generate", model, "x", "-e", "0", "--json").stdout)["stats"][
             "experts_per_token"
         ]
         == 6
@@ -244,8 +244,8 @@ def test_a_pack_runs_and_a_wrong_option_is_refused(checkpoint, tmp_path) -> None
     assert _run("pack", source, destination, "--bits", "3").exit_code == 2
     assert _run("pack", source, destination, "--group-size", "32").exit_code == 0
     info = json.loads(_run("info", destination, "--json", "--disk-rate", "1").stdout)
-    kinds = {kind["name"]: kind["formats"] for kind in info["summary"]["kinds"]}
-    assert kinds["routed experts"] == ["4-bit, group 32"]
+    roles = {role["name"]: role["formats"] for role in info["summary"]["roles"]}
+    assert roles["routed experts"] == ["4-bit, group 32"]
     with flashmoe.Model(destination) as model:
         assert len(list(model.generate([5, 6], max_tokens=3))) == 3
 

@@ -1,4 +1,4 @@
-"""ModelConfig.load reads every way that configs are published, and refuses what it cannot run."""
+"""ModelConfig reads every way that configs are published, and refuses what it cannot run."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from flashmoe.checkpoint.config import ModelConfig
+from flashmoe.checkpoint.metadata import Metadata
 from flashmoe.errors import CheckpointError
 
 # Qwen3.5-397B-A17B's, less what no text model reads.
@@ -63,7 +64,7 @@ def load(directory: Path, config: Any, generation: Any = None) -> ModelConfig:
     (directory / "config.json").write_text(json.dumps(config))
     if generation is not None:
         (directory / "generation_config.json").write_text(json.dumps(generation))
-    return ModelConfig.load(directory)
+    return ModelConfig.of(Metadata(directory))
 
 
 def with_changes(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -235,13 +236,13 @@ def test_other_models_and_other_quantisations_are_refused_by_name(
 def test_a_config_that_is_not_json_is_refused(tmp_path: Path, text: bytes, reason: str) -> None:
     (tmp_path / "config.json").write_bytes(text)
     with pytest.raises(CheckpointError, match=reason) as error:
-        ModelConfig.load(tmp_path)
+        ModelConfig.of(Metadata(tmp_path))
     assert str(tmp_path / "config.json") in str(error.value)
 
 
 def test_a_missing_config_says_so(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json: no such file"):
-        ModelConfig.load(tmp_path)
+        ModelConfig.of(Metadata(tmp_path))
 
 
 def test_a_damaged_generation_config_is_named(tmp_path: Path) -> None:

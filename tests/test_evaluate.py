@@ -172,7 +172,7 @@ def test_the_command_prints_numbers_and_json(model: Path, tmp_path: Path) -> Non
         assert words in told.stdout
     result = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
     assert result["reference"]["experts_per_token"] == 6
-    assert result["model"]["experts_per_token"] == 4
+    assert result["model"]["experts_per_token"] == 6
     assert result["text"]["agreement"]["value"] == 1
     assert result["prompts"]["count"] == 1
 

@@ -126,8 +126,9 @@ def run_download(hub: Hub, source: str, **environment: str) -> tuple[str, str]:
     script = (
         "import sys\n"
         "from flashmoe.errors import CheckpointError\n"
-        "from flashmoe.hub import download\n"
-        "try: print(download(sys.argv[1]))\nexcept CheckpointError as error: print(error)"
+        "from flashmoe.checkpoint.open import Checkpoint\n"
+        "try: print(Checkpoint.open(sys.argv[1]).directory)\n"
+        "except CheckpointError as error: print(error)"
     )
     home = hub.directory.with_name("home")
     result = subprocess.run(
@@ -197,7 +198,7 @@ def test_what_was_downloaded_opens_offline(hub: Hub) -> None:
         ("tests/model", {"HF_HUB_OFFLINE": "1"}, ["cannot be reached", "HF_HUB_OFFLINE"]),
         ("tests/model", {"HF_ENDPOINT": "http://127.0.0.1:9"}, ["cannot be reached"]),
         ("tests/nothing", {}, ["nor a model on the Hugging Face hub", "hf auth login"]),
-        ("tests/a/b", {}, ["the id of a model"]),
+        ("tests/a/b", {}, ["no such directory", "a hub id such as"]),
         ("tests/gated", {}, ["asks for an agreement", "hf auth login"]),
     ],
 )

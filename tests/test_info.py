@@ -16,6 +16,7 @@ from test_hub import Hub, hub  # noqa: F401  (a fixture)
 from flashmoe import ArgumentError, Model
 from flashmoe.checkpoint.config import ModelConfig
 from flashmoe.checkpoint.headers import Tensor
+from flashmoe.checkpoint.metadata import Metadata
 from flashmoe.checkpoint.open import Checkpoint
 from flashmoe.cli.report import info_lines, size
 from flashmoe.machine import probe
@@ -116,17 +117,18 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     }
     quantization = {"bits": 4, "group_size": 64, **exceptions}
     (directory / "config.json").write_text(json.dumps(QWEN_397B | {"quantization": quantization}))
-    config = ModelConfig.load(directory)
+    metadata = Metadata(directory)
+    config = ModelConfig.of(metadata)
     tensors, offset, item = {}, 0, {"U32": 4, "BF16": 2, "F32": 4}
     for name, dtype, shape in _mlx_tensors(config):
         nbytes = math.prod(shape) * item[dtype]
         tensors[name] = Tensor(name, Path("model.safetensors"), offset, nbytes, dtype, shape)
         offset += nbytes
-    return Checkpoint.of_tensors(directory, config, tensors, Path("the 397B"))
+    return Checkpoint.of_tensors("the 397B", metadata, config, tensors, Path("the 397B"), offset)
 
 
 def test_the_397b_in_numbers(big: Checkpoint) -> None:
-    summary = summarise(big, "the 397B", 0, 4)
+    summary = summarise(big, 4)
     assert summary.parameters == 396_346_350_336
     assert summary.expert == 7_077_888
     assert summary.read_per_token == 60 * 4 * 7_077_888
@@ -134,10 +136,10 @@ def test_the_397b_in_numbers(big: Checkpoint) -> None:
     # The published sizes: 209 GB of routed experts and 5.5 GB of everything else, in GiB or GB.
     assert 5.0e9 < summary.resident < 6.0e9
     # 17 billion at its own 10 experts per token give the model its name.
-    assert round(summarise(big, "", 0, None).active_parameters / 1e9) in (16, 17)
+    assert round(summarise(big, 10).active_parameters / 1e9) in (16, 17)
     assert summary.state_fixed == 45 * 4 * (64 * 128 * 128 + 3 * 12288)
     assert summary.state_per_token == 15 * 2 * 2 * 256 * 2
-    formats = {kind.name: kind.formats for kind in summary.kinds}
+    formats = {role.name: role.formats for role in summary.roles}
     assert formats["routed experts"] == ("4-bit, group 64",)
     assert formats["router"] == ("8-bit, group 64",)
     assert set(formats["norms, convolutions"]) == {"bf16", "f32"}
@@ -185,7 +187,7 @@ def test_parameters_and_bytes_are_those_of_the_files(
     for file in directory.glob("*.safetensors"):
         with safetensors.safe_open(file, "pt") as weights:
             nbytes += sum(weights.get_tensor(key).nbytes for key in weights.keys())  # noqa: SIM118
-    assert sum(kind.nbytes for kind in summary.kinds) == nbytes
+    assert sum(role.nbytes for role in summary.roles) == nbytes
 
 
 @pytest.mark.reference
@@ -216,7 +218,7 @@ def test_the_estimate_follows_from_the_stated_rates(checkpoint, monkeypatch) -> 
     monkeypatch.setattr(probe, "available_memory", lambda: half)
     fit = describe(directory, disk_rate=1e6, memory_rate=1e9).fit
     assert fit.cached_share == pytest.approx(0.5, abs=0.01)
-    assert (fit.disk_rate_source, fit.memory_rate_source) == ("stated", "stated")
+    assert (fit.disk_rate_basis, fit.memory_rate_basis) == ("stated", "stated")
     from_disk = 0.5 * summary.read_per_token / 1e6
     assert 0 < 1 / fit.tokens_per_second - from_disk < 0.01 * from_disk + 1e-3
     assert fit.fits_memory
@@ -248,7 +250,7 @@ def test_a_model_on_the_hub_is_described_without_its_weights(hub: Hub) -> None: 
         json.dumps({k: v for k, v in local["summary"].items() if k not in same})
     )
     assert not remote["fit"]["present"]
-    assert remote["fit"]["disk_rate_source"] == "assumed"
+    assert remote["fit"]["disk_rate_basis"] == "assumed"
     kept = [p.name for p in hub.directory.with_name("home").rglob("*") if p.is_file()]
     assert not [name for name in kept if name.endswith(".safetensors")]
     missing = run("tests/absent")

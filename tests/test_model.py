@@ -11,6 +11,8 @@ import pytest
 from fake_engine import FakeEngine, hashed, install, make_directory, make_tokenizer, spelling
 
 import flashmoe
+from flashmoe import _native
+from flashmoe.generate.engine import open_engine
 from flashmoe.machine.budget import parse_bytes, prompt_chunk
 
 
@@ -96,7 +98,8 @@ def test_a_damaged_generation_config_is_named(engine, directory) -> None:
 
 def test_a_long_prompt_goes_in_chunks_and_says_how_far_it_is(model, engine) -> None:
     seen = []
-    chunk = model._chunk = 128
+    chunk = 128
+    model.setting = dataclasses.replace(model.setting, chunk=chunk)
     prompt = [i % 500 for i in range(2 * chunk + 5)]
     list(
         model.generate(
@@ -307,7 +310,7 @@ def test_stats_are_those_of_the_latest_call(model) -> None:
     assert stats.decode_rate > 0
     assert stats.first_token_seconds >= stats.prefill_seconds
     assert stats.peak_memory > 1e6
-    assert (stats.experts_per_token, stats.precision) == (4, "int8")
+    assert (stats.experts_per_token, stats.precision) == (6, "int8")
     assert json.loads(json.dumps(stats.to_dict()))["hit_rate"] == stats.hit_rate
 
 
@@ -321,11 +324,11 @@ def test_unknown_page_cache_hits_are_none_and_not_zero(model, engine, monkeypatc
 
 def test_what_is_in_force_is_logged_at_load(engine, directory, caplog) -> None:
     with caplog.at_level(logging.INFO, "flashmoe"):
-        flashmoe.Model(directory)
+        flashmoe.Model(directory, experts_per_token=4)
     assert "4 of 8 experts per token (the model's own number is 6)" in caplog.text
 
 
-@pytest.mark.parametrize(("asked", "in_force"), [(None, 6), (1, 1), (6, 6), (100, 6)])
+@pytest.mark.parametrize(("asked", "in_force"), [("auto", 6), (None, 6), (1, 1), (6, 6), (100, 6)])
 def test_experts_per_token_is_at_most_the_models_own(engine, directory, asked, in_force) -> None:
     assert flashmoe.Model(directory, experts_per_token=asked).experts_per_token == in_force
 
@@ -335,6 +338,7 @@ def test_experts_per_token_is_at_most_the_models_own(engine, directory, asked, i
     [
         ("experts_per_token", 0),
         ("experts_per_token", 2.0),
+        ("experts_per_token", "all"),
         ("backend", "cuda"),
         ("precision", "int4"),
         ("threads", 0),
@@ -357,7 +361,8 @@ def test_memory_that_is_not_granted_is_an_error_about_the_cache(directory, monke
         raise MemoryError("std::bad_alloc")
 
     install(monkeypatch)
-    monkeypatch.setattr("flashmoe.generate.model.open_engine", refuse)
+    monkeypatch.setattr("flashmoe.generate.model.open_engine", open_engine)
+    monkeypatch.setattr(_native, "Engine", refuse)
     with pytest.raises(flashmoe.ArgumentError, match=r"a cache of 100.0 GB; .* a smaller cache"):
         flashmoe.Model(directory, cache="100GB")
 

@@ -213,7 +213,7 @@ def test_the_disk_is_checked_before_a_weight_is_written(
 ) -> None:
     needed = pack(source, tmp_path / "first").nbytes
     room = SimpleNamespace(free=needed - missing)
-    monkeypatch.setattr("flashmoe.pack.shutil.disk_usage", lambda path: room)
+    monkeypatch.setattr("flashmoe.pack.pack.shutil.disk_usage", lambda path: room)
     if not missing:
         pack(source, tmp_path / "second")
         return

@@ -38,7 +38,7 @@ def test_any_safetensors_reader_reads_the_file(model, tmp_path) -> None:
     path = tmp_path / "a.safetensors"
     state.save(path)
     with safetensors.safe_open(path, "numpy") as file:
-        assert file.metadata()["experts_per_token"] == "4"
+        assert file.metadata()["experts_per_token"] == "6"
         assert file.get_tensor("tokens").tolist() == [1, 2, 3]
         assert file.get_slice("layers.1.keys").get_dtype() == "BF16"
 
@@ -82,7 +82,7 @@ def test_a_state_of_other_routing_is_refused(model, tmp_path) -> None:
     path = tmp_path / "a.safetensors"
     model.new_state().save(path)
     other = flashmoe.Model(model.directory, experts_per_token=2)
-    with pytest.raises(flashmoe.StateError, match="experts_per_token=4"):
+    with pytest.raises(flashmoe.StateError, match="experts_per_token=6"):
         flashmoe.State.load(other, path)
 
 

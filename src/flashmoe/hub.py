@@ -1,53 +1,97 @@
-"""A model of the Hugging Face hub, from its id to a directory of huggingface_hub's cache."""
+"""The Hugging Face hub: all that is HTTP. It knows files and headers, not what they mean."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from flashmoe.checkpoint.config import ModelConfig
-from flashmoe.checkpoint.index import INDEX, SINGLE, needed_files
 from flashmoe.errors import CheckpointError
 
-_METADATA = (
-    "config.json",
-    "generation_config.json",
-    INDEX,
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+
+@dataclass(frozen=True)
+class RemoteTensor:
+    """A tensor as the header of a file on the hub lists it; begin and end count from its data."""
+
+    name: str
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
 
 
-def download(model: str) -> Path:
-    """The directory of a model, named OWNER/NAME; progress goes to stderr.
+def download(model: str, files: Sequence[str], commit: str | None = None) -> Path:
+    """A directory of the hub's cache with those of the files that a model has.
 
-    Only the files that running the model needs are fetched, its metadata first, so that an
-    unsupported model is refused before hundreds of gigabytes have come. A download that was
-    interrupted resumes, and one that is complete is not repeated.
+    Progress goes to stderr. A download that was interrupted resumes, and one that is complete is
+    not repeated.
 
+    Args:
+        model: OWNER/NAME.
+        commit: the revision; None is the newest. The directory is named after it.
     Raises:
-        CheckpointError: there is no such model, it may not be downloaded, flashmoe does not run
-            it, or the hub cannot be reached; the message says what to do.
+        CheckpointError: there is no such model, it may not be downloaded, or the hub cannot be
+            reached; the message says what to do.
     """
-    snapshot = _download(model, None, _METADATA)
-    ModelConfig.load(snapshot)
-    weights = needed_files(snapshot) if (snapshot / INDEX).exists() else [SINGLE]
-    # A snapshot is named after its commit: the weights must be of the same one.
-    return _download(model, snapshot.name, weights)
-
-
-def _download(model: str, revision: str | None, files: Sequence[str]) -> Path:
-    # Importing huggingface_hub takes most of a second, and a directory does not need it.
+    # Importing huggingface_hub takes most of a second, and a local directory does not need it.
     from huggingface_hub import snapshot_download  # noqa: PLC0415
 
-    with explained_errors(model):
-        return Path(snapshot_download(model, revision=revision, allow_patterns=list(files)))
+    with _explained(model):
+        return Path(snapshot_download(model, revision=commit, allow_patterns=list(files)))
+
+
+def fetch(model: str, needed: str, optional: Sequence[str] = ()) -> Path:
+    """Likewise for a few small files of the newest revision, without progress.
+
+    Raises:
+        CheckpointError: as `download`; also where `needed` is not there.
+    """
+    from huggingface_hub import hf_hub_download  # noqa: PLC0415
+    from huggingface_hub.errors import EntryNotFoundError  # noqa: PLC0415
+
+    with _explained(model):
+        directory = Path(hf_hub_download(model, needed)).parent
+        for file in optional:
+            with suppress(EntryNotFoundError):
+                hf_hub_download(model, file, revision=directory.name)
+    return directory
+
+
+def read_headers(model: str, commit: str) -> list[RemoteTensor]:
+    """Every tensor of a model's safetensors files, of which only the headers are fetched.
+
+    Raises:
+        CheckpointError: as `download`; also where it has no safetensors files.
+    """
+    from huggingface_hub import HfApi  # noqa: PLC0415
+    from huggingface_hub.errors import NotASafetensorsRepoError  # noqa: PLC0415
+
+    with _explained(model):
+        try:
+            found = HfApi().get_safetensors_metadata(model, revision=commit)
+        except NotASafetensorsRepoError:
+            found = None
+    if found is None:
+        raise CheckpointError(f"{model}: holds no safetensors files, which flashmoe reads")
+    return [
+        RemoteTensor(name, file, tensor.dtype, tuple(tensor.shape), *tensor.data_offsets)
+        for file, metadata in found.files_metadata.items()
+        for name, tensor in metadata.tensors.items()
+    ]
+
+
+def cache_place() -> Path:
+    """The nearest directory that exists of where a download would go."""
+    from huggingface_hub.constants import HF_HUB_CACHE  # noqa: PLC0415
+
+    place = Path(HF_HUB_CACHE)
+    while not place.exists():
+        place = place.parent
+    return place
 
 
 @contextmanager
-def explained_errors(model: str) -> Iterator[None]:
+def _explained(model: str) -> Iterator[None]:
     """Turns whatever talking to the hub raises into a CheckpointError that says what to do."""
     from huggingface_hub import errors  # noqa: PLC0415
 

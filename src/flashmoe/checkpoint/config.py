@@ -3,10 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from flashmoe.checkpoint.json import read_json
-from flashmoe.errors import CheckpointError
+from flashmoe.checkpoint.metadata import Metadata
+from flashmoe.errors import ArgumentError, CheckpointError
+
+ExpertsPerToken = int | Literal["auto"] | None
+"""How many experts to run for a token: a number, "auto", or None for the model's own."""
 
 MODEL_TYPES = ("qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next")
 LAYER_TYPES = ("linear_attention", "full_attention")
@@ -75,16 +78,43 @@ class ModelConfig:
     def conv_channels(self) -> int:
         return 2 * self.key_width + self.value_width
 
+    @property
+    def default_experts_per_token(self) -> int:
+        """What `experts_per_token="auto"` means: 4 for Qwen3.5-397B-A17B, for which the original
+        engine showed that it suffices (docs/quality.md), else the model's own number."""
+        is_397b = self.model_type == "qwen3_5_moe" and (
+            self.hidden_size,
+            len(self.layer_types),
+            self.num_experts,
+        ) == (4096, 60, 512)
+        return min(4, self.num_experts_per_tok) if is_397b else self.num_experts_per_tok
+
+    def experts_in_force(self, asked: ExpertsPerToken) -> int:
+        """The number of experts that run for a token: at most the model's own.
+
+        Raises:
+            ArgumentError: `asked` is not "auto", None (the model's own) or a number from 1 on.
+        """
+        if asked == "auto":
+            return self.default_experts_per_token
+        if asked is None:
+            return self.num_experts_per_tok
+        if type(asked) is not int or asked < 1:
+            raise ArgumentError(
+                "experts_per_token must be 'auto', None for the model's own number, or a whole "
+                f"number, at least 1; got {asked!r}"
+            )
+        return min(asked, self.num_experts_per_tok)
+
     @staticmethod
-    def load(directory: Path) -> "ModelConfig":
-        """Reads config.json, and generation_config.json where there is one.
+    def of(metadata: Metadata) -> "ModelConfig":
+        """From config.json, and generation_config.json where there is one.
 
         Raises:
             CheckpointError: a file is missing or damaged, a value is absurd or contradicts another,
                 or the model is of a kind that flashmoe does not run; the message names the key.
         """
-        path = directory / "config.json"
-        top = _Section(path, "", read_json(path))
+        top = _Section(metadata.directory / "config.json", "", metadata.config)
         text = top.section("text_config") or top
         _refuse_unsupported(top, text)
 
@@ -143,7 +173,7 @@ class ModelConfig:
             norm_topk_prob=text.boolean("norm_topk_prob", True),
             tie_word_embeddings=tied,
             max_position_embeddings=text.integer("max_position_embeddings", 1, 1 << 30, 32768),
-            eos_token_ids=_eos_token_ids(directory, top, text, vocab),
+            eos_token_ids=_eos_token_ids(metadata, top, text, vocab),
             quantization=_quantization(top, text),
         )
 
@@ -254,11 +284,11 @@ def _rope(text: _Section) -> tuple[float, float]:
     )
 
 
-def _eos_token_ids(directory: Path, top: _Section, text: _Section, vocab: int) -> tuple[int, ...]:
-    sections = [top, text]
-    path = directory / "generation_config.json"
-    if path.exists():
-        sections.insert(0, _Section(path, "", read_json(path)))
+def _eos_token_ids(
+    metadata: Metadata, top: _Section, text: _Section, vocab: int
+) -> tuple[int, ...]:
+    path = metadata.directory / "generation_config.json"
+    sections = [_Section(path, "", metadata.generation), top, text]
     for section in sections:
         value = section.values.get("eos_token_id")
         if value is not None:

@@ -1,5 +1,6 @@
-"""Where a model is: a directory, the demo that flashmoe brings along, or a hub id."""
+"""What a model's name means: "demo", a directory, or an id of the hub."""
 
+import os
 import re
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from flashmoe.errors import CheckpointError
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
-def find_local(source: str) -> Path | None:
+def find_local(source: str | os.PathLike[str]) -> Path | None:
     """The directory of "demo" or of a path; None for what can only be a hub id.
 
     Raises:
@@ -16,29 +17,20 @@ def find_local(source: str) -> Path | None:
     """
     if source == "demo":
         return demo_directory()
+    name = os.fspath(source)
     try:
-        path = Path(source).expanduser()
-        if source and path.is_dir():
+        path = Path(name).expanduser()
+        if name and path.is_dir():
             return path
-        possible = not path.exists() and _HUB_ID.fullmatch(source)
+        possible = isinstance(source, str) and not path.exists() and _HUB_ID.fullmatch(name)
     except (OSError, RuntimeError):  # a name that is too long, ~ of nobody
         possible = None
     if not possible:
         raise CheckpointError(
-            f"{source or 'an empty name'}: no such directory; give the directory of a checkpoint,"
+            f"{name or 'an empty name'}: no such directory; give the directory of a checkpoint,"
             " a hub id such as mlx-community/Qwen3.5-397B-A17B-4bit, or demo"
         )
     return None
-
-
-def find_model(source: str) -> Path:
-    """Likewise, but a hub id is downloaded, with a progress bar on stderr."""
-    directory = find_local(source)
-    if directory is None:
-        from flashmoe.hub import download  # noqa: PLC0415
-
-        directory = download(source)
-    return directory
 
 
 def demo_directory() -> Path:

@@ -26,25 +26,59 @@ _SKIPPED = (
 _FILE_NAME = re.compile(r"[\w.+@ -]{1,200}\.safetensors", re.ASCII)
 
 
-def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """Every tensor that `directory` stores for text, by the name it is stored under.
+class Index:
+    """Which safetensors files a directory has, and what each is said to hold.
 
-    Raises:
-        CheckpointError: no weights here, a damaged file, or an index that does not agree with the
-            files it names.
+    Attributes:
+        path: the index, or the single file of weights where there is none.
+        names: the text model's tensors by file, as the index lists them; None for a single file.
     """
-    path = weights_file(directory)
-    if path.name == INDEX:
-        return _read_indexed(directory, path)
-    return _wanted(read_header(path))
+
+    def __init__(self, directory: Path) -> None:
+        """Reads the index, where there is one.
+
+        Raises:
+            CheckpointError: neither an index nor a single file is there, or the index is damaged or
+                names files outside `directory`.
+        """
+        self.path = _weights_file(directory)
+        self.names = _names_by_file(self.path) if self.path.name == INDEX else None
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the files that hold any of the text model's tensors, sorted."""
+        return [SINGLE] if self.names is None else sorted(self.names)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor that is stored for text, by the name it is stored under.
+
+        Raises:
+            CheckpointError: a file is missing or damaged, or does not hold what the index says.
+        """
+        if self.names is None:
+            return _wanted(read_header(self.path))
+        tensors: dict[str, Tensor] = {}
+        for file, names in sorted(self.names.items()):
+            path = self.path.with_name(file)
+            if not path.exists():
+                raise CheckpointError(
+                    f"{path}: no such file, but {INDEX} says that it holds {listed(names)};"
+                    " is the download complete?"
+                )
+            found = _wanted(read_header(path))
+            if absent := names - found.keys():
+                raise CheckpointError(
+                    f"{path}: {INDEX} says that it holds {listed(absent)}; it does not"
+                )
+            if unnamed := found.keys() - names:
+                raise CheckpointError(
+                    f"{path}: holds {listed(unnamed)}, which {INDEX} does not place in it"
+                )
+            tensors.update(found)
+        return tensors
 
 
-def weights_file(directory: Path) -> Path:
-    """What says which tensors there are: the index, or else the single file.
-
-    Raises:
-        CheckpointError: neither is there.
-    """
+def _weights_file(directory: Path) -> Path:
     for path in (directory / INDEX, directory / SINGLE):
         if path.is_symlink() or path.exists():
             return path
@@ -64,15 +98,6 @@ def _wanted(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if not is_skipped(name)}
 
 
-def needed_files(directory: Path) -> list[str]:
-    """The files of the index that hold any of the text model's tensors, sorted.
-
-    Raises:
-        CheckpointError: the index is damaged, or names files outside `directory`.
-    """
-    return sorted(_names_by_file(directory / INDEX))
-
-
 def _names_by_file(index: Path) -> dict[str, set[str]]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -90,28 +115,6 @@ def _names_by_file(index: Path) -> dict[str, set[str]]:
         if not is_skipped(name):
             names.add(name)
     return {file: names for file, names in by_file.items() if names}
-
-
-def _read_indexed(directory: Path, index: Path) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for file, names in sorted(_names_by_file(index).items()):
-        path = directory / file
-        if not path.exists():
-            raise CheckpointError(
-                f"{path}: no such file, but {INDEX} says that it holds {listed(names)};"
-                " is the download complete?"
-            )
-        found = _wanted(read_header(path))
-        if absent := names - found.keys():
-            raise CheckpointError(
-                f"{path}: {INDEX} says that it holds {listed(absent)}; it does not"
-            )
-        if unnamed := found.keys() - names:
-            raise CheckpointError(
-                f"{path}: holds {listed(unnamed)}, which {INDEX} does not place in it"
-            )
-        tensors.update(found)
-    return tensors
 
 
 def listed(names: set[str]) -> str:

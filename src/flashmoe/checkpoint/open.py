@@ -1,77 +1,174 @@
-"""A checkpoint: its configuration and where every weight lies, found without reading a weight."""
+"""A checkpoint, opened once: its configuration, where every weight lies, and how it reads text."""
 
+import dataclasses
 import gc
+import hashlib
+import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flashmoe import hub
 from flashmoe.checkpoint.config import ModelConfig
+from flashmoe.checkpoint.find import find_local
 from flashmoe.checkpoint.headers import Tensor
-from flashmoe.checkpoint.index import read_tensors, weights_file
+from flashmoe.checkpoint.index import INDEX, SINGLE, Index, is_skipped
+from flashmoe.checkpoint.metadata import Metadata
 from flashmoe.checkpoint.table import Format, StoredExperts, StoredMatrix, StoredVector
+from flashmoe.checkpoint.template import ChatTemplate
+from flashmoe.checkpoint.tokenizer import Tokenizer
 from flashmoe.checkpoint.weights import WeightFinder
 from flashmoe.errors import CheckpointError
 
 if TYPE_CHECKING:
     from flashmoe import _native
 
-
 JOB = "pack.json"
 """What `flashmoe pack` writes first, as config.json is what it writes last."""
+
+_METADATA_FILES = (
+    "config.json",
+    "generation_config.json",
+    INDEX,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """What a directory holds, by the canonical names of docs/checkpoints.md."""
+    """What a directory holds, by the canonical names of docs/checkpoints.md.
 
-    directory: Path
+    Attributes:
+        source: what it was opened by: a path, "demo" or a hub id.
+        disk_bytes: of its safetensors files.
+        here: whether its weights are on this machine; not so for what `look` finds on the hub.
+    """
+
+    source: str
+    metadata: Metadata
     config: ModelConfig
     files: Sequence[Path]
     matrices: Mapping[str, StoredMatrix]
     vectors: Mapping[str, StoredVector]
     experts: Sequence[StoredExperts]
+    disk_bytes: int
+    here: bool = True
 
     @staticmethod
-    def open(directory: str | Path) -> "Checkpoint":
+    def open(source: str | os.PathLike[str]) -> "Checkpoint":
         """Finds and checks every weight; only metadata and headers are read.
 
+        A model of the hub is downloaded first, with a progress bar on stderr: only the files that
+        running it needs, its metadata before them, so that an unsupported model is refused before
+        hundreds of gigabytes have come.
+
         Raises:
-            CheckpointError: the directory holds no checkpoint, a damaged one, or one of a kind that
+            CheckpointError: there is no such checkpoint, or a damaged one, or one of a kind that
                 flashmoe does not run; the message names the file and the tensor.
         """
-        directory = Path(directory)
-        if not directory.is_dir():
-            raise CheckpointError(f"{directory}: no such directory")
-        if (directory / JOB).exists() and not (directory / "config.json").exists():
-            raise CheckpointError(
-                f"{directory}: an unfinished pack: config.json is missing; run the same"
-                " 'flashmoe pack' again to finish it"
-            )
-        with _collector_paused():
-            config = ModelConfig.load(directory)
-            tensors = read_tensors(directory)
-            return Checkpoint.of_tensors(directory, config, tensors, weights_file(directory))
+        directory = find_local(source)
+        if directory is not None:
+            return _open_directory(os.fspath(source), Metadata(directory))
+        name = os.fspath(source)
+        directory = hub.download(name, _METADATA_FILES)
+        metadata = Metadata(directory)
+        config = ModelConfig.of(metadata)
+        index = Index(directory) if (directory / INDEX).exists() else None
+        # The weights must be of the commit that the metadata is of.
+        hub.download(name, index.files if index else [SINGLE], commit=directory.name)
+        return _open_directory(name, metadata, config, index)
+
+    @staticmethod
+    def look(source: str | os.PathLike[str]) -> "Checkpoint":
+        """Likewise, but of a model on the hub only config and headers are fetched, a few MB."""
+        if find_local(source) is not None:
+            return Checkpoint.open(source)
+        name = os.fspath(source)
+        metadata = Metadata(hub.fetch(name, "config.json", ["generation_config.json"]))
+        config = ModelConfig.of(metadata)
+        tensors = [
+            Tensor(t.name, Path(t.file), t.begin, t.end - t.begin, t.dtype, t.shape)
+            for t in hub.read_headers(name, metadata.directory.name)
+        ]
+        wanted = {tensor.name: tensor for tensor in tensors if not is_skipped(tensor.name)}
+        disk_bytes = sum(tensor.nbytes for tensor in tensors)
+        return Checkpoint.of_tensors(
+            name, metadata, config, wanted, Path(name), disk_bytes, here=False
+        )
 
     @staticmethod
     def of_tensors(
-        directory: Path, config: ModelConfig, tensors: Mapping[str, Tensor], source: Path
+        source: str,
+        metadata: Metadata,
+        config: ModelConfig,
+        tensors: Mapping[str, Tensor],
+        listing: Path,
+        disk_bytes: int,
+        *,
+        here: bool = True,
     ) -> "Checkpoint":
-        """Likewise from tensors whose headers were read elsewhere, as `source` lists them."""
-        weights = WeightFinder(source, config, tensors)
+        """Likewise from tensors whose headers were read elsewhere, as `listing` lists them."""
+        weights = WeightFinder(listing, config, tensors)
         weights.find()
         return Checkpoint(
-            directory,
+            source,
+            metadata,
             config,
             list(weights.files),
             weights.matrices,
             weights.vectors,
             weights.experts,
+            disk_bytes,
+            here,
         )
 
+    @property
+    def directory(self) -> Path:
+        """Where its metadata is, and its weights unless they are on the hub."""
+        return self.metadata.directory
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether there is a tokenizer; a checkpoint without one runs on ids."""
+        return (self.directory / "tokenizer.json").exists()
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Its tokenizer; CheckpointError where there is none, or a damaged one."""
+        return Tokenizer.load(self.directory)
+
+    @cached_property
+    def template(self) -> ChatTemplate | None:
+        """Its chat template, compiled when it is first used; None where it has none."""
+        return ChatTemplate.load(self.metadata)
+
+    @cached_property
+    def tools_template(self) -> ChatTemplate | None:
+        """That of conversations with tools: most checkpoints have one template for both."""
+        return ChatTemplate.load(self.metadata, tools=True)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells models apart, fine-tunes of one architecture too: its config and final norm."""
+        digest = hashlib.sha256()
+        config = dataclasses.asdict(self.config)
+        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+        for file, offset, length in self.vectors["norm"].extents.tolist():
+            with Path(self.files[file]).open("rb") as f:
+                f.seek(offset)
+                digest.update(f.read(length))
+        return digest.hexdigest()[:32]
+
     def native(self) -> "_native.Checkpoint":
-        """The same for the native core."""
+        """The table of spans for the native core."""
         # Metadata can be read where the core is not built.
         from flashmoe import _native  # noqa: PLC0415
 
@@ -90,6 +187,26 @@ class Checkpoint:
                 convert(layer.gate), convert(layer.up), convert(layer.down), layer.extents
             )
         return checkpoint
+
+
+def _open_directory(
+    source: str,
+    metadata: Metadata,
+    config: ModelConfig | None = None,
+    index: Index | None = None,
+) -> Checkpoint:
+    directory = metadata.directory
+    if (directory / JOB).exists() and not (directory / "config.json").exists():
+        raise CheckpointError(
+            f"{directory}: an unfinished pack: config.json is missing; run the same"
+            " 'flashmoe pack' again to finish it"
+        )
+    with _collector_paused():
+        config = config or ModelConfig.of(metadata)
+        index = index or Index(directory)
+        tensors = index.tensors()
+        disk_bytes = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+        return Checkpoint.of_tensors(source, metadata, config, tensors, index.path, disk_bytes)
 
 
 @contextmanager

@@ -1,11 +1,12 @@
-"""From the tensors of a checkpoint, as Hugging Face, MLX or `flashmoe pack` lay them out, to the
-weights of the model under their canonical names."""
+"""Finds the weights of the architecture among a checkpoint's tensors, as Hugging Face, MLX or
+`flashmoe pack` lay them out."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 
+from flashmoe.checkpoint.architecture import Kind, Weight, weights_of
 from flashmoe.checkpoint.config import ModelConfig
 from flashmoe.checkpoint.headers import Tensor
 from flashmoe.checkpoint.index import listed
@@ -28,18 +29,20 @@ _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 class WeightFinder:
     """Takes a checkpoint's tensors one weight at a time, each checked against the config.
 
-    source is what said which tensors there are; messages name it.
+    `listing` is what said which tensors there are (an index, a file, a model on the hub); messages
+    name it.
     """
 
-    def __init__(self, source: Path, config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, listing: Path, config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
         self.config = config
-        self.source = source
+        self.listing = listing
         self.files: dict[Path, int] = {}
         for tensor in tensors.values():
             self.files.setdefault(tensor.file, len(self.files))
         self.matrices: dict[str, StoredMatrix] = {}
         self.vectors: dict[str, StoredVector] = {}
         self.experts: list[StoredExperts] = []
+        self._expert_shapes: dict[str, tuple[int, int]] = {}  # of one layer's, by projection
         self._prefix = self._find_prefix(tensors)
         self._tensors = self._canonical(tensors)
         self._mlx_convention = self._find_convention()
@@ -51,55 +54,46 @@ class WeightFinder:
             CheckpointError: a tensor is missing, unknown, or of another shape or dtype than the
                 config says.
         """
-        c = self.config
-        self._matrix("embed_tokens", c.vocab_size, c.hidden_size)
-        if c.tie_word_embeddings:
+        if self.config.tie_word_embeddings:
             # A copy of the embedding may be stored as well; transformers ignores it too.
             for part in ("weight", "scales", "biases"):
                 self._tensors.pop(f"lm_head.{part}", None)
-        else:
-            self._matrix("lm_head", c.vocab_size, c.hidden_size)
-        self._norm("norm", c.hidden_size)
-        for layer, kind in enumerate(c.layer_types):
-            name = f"layers.{layer}."
-            self._norm(name + "input_layernorm", c.hidden_size)
-            if kind == "full_attention":
-                self._attention(name + "self_attn.")
-            else:
-                self._gated_delta_net(name + "linear_attn.")
-            self._norm(name + "post_attention_layernorm", c.hidden_size)
-            self._moe(name + "mlp.")
+        for weight in weights_of(self.config):
+            match weight.kind:
+                case Kind.MATRIX if weight.name not in self.matrices:
+                    self._matrix(weight)
+                case Kind.EXPERTS:
+                    name, _, projection = weight.name.rpartition("experts.")
+                    rows, cols = weight.shape
+                    self._expert_shapes[projection] = rows, cols
+                    if projection == "down_proj":  # the last of a layer's three
+                        self.experts.append(self._layer_experts(name))
+                case Kind.NORM | Kind.VECTOR | Kind.CONVOLUTION | Kind.PARAMETER:
+                    self._vector(weight)
         if self._tensors:
             raise self._unknown(self._tensors.values())
 
-    def _attention(self, name: str) -> None:
-        c = self.config
-        width = c.num_attention_heads * c.head_dim
-        # Per head the query, then the output's gate.
-        self._matrix(name + "q_proj", 2 * width, c.hidden_size)
-        self._matrix(name + "k_proj", c.num_key_value_heads * c.head_dim, c.hidden_size)
-        self._matrix(name + "v_proj", c.num_key_value_heads * c.head_dim, c.hidden_size)
-        self._matrix(name + "o_proj", c.hidden_size, width)
-        self._norm(name + "q_norm", c.head_dim)
-        self._norm(name + "k_norm", c.head_dim)
+    def _matrix(self, weight: Weight) -> None:
+        name = weight.name
+        if name.endswith("in_proj_qkv") and f"{name}z.weight" in self._tensors:
+            self._interleaved_projections(name.removesuffix("in_proj_qkv"))
+            return
+        rows, cols = weight.shape
+        format, tensors = self._take_parts(name, (), rows, cols)
+        parts = tuple(self._split(tensor, 1) for tensor in tensors)
+        self.matrices[name] = StoredMatrix(format, parts)
 
-    def _gated_delta_net(self, name: str) -> None:
-        c = self.config
-        heads = c.linear_num_value_heads
-        if f"{name}in_proj_qkvz.weight" in self._tensors:
-            self._interleaved_projections(name)
-        else:
-            self._matrix(name + "in_proj_qkv", c.conv_channels, c.hidden_size)
-            self._matrix(name + "in_proj_z", c.value_width, c.hidden_size)
-            self._matrix(name + "in_proj_b", heads, c.hidden_size)
-            self._matrix(name + "in_proj_a", heads, c.hidden_size)
-        self._matrix(name + "out_proj", c.hidden_size, c.value_width)
-        taps = c.linear_conv_kernel_dim
-        shape = (c.conv_channels, taps, 1) if self._mlx_convention else (c.conv_channels, 1, taps)
-        self._vector(name + "conv1d", name + "conv1d.weight", shape)
-        self._vector(name + "A_log", name + "A_log", (heads,))
-        self._vector(name + "dt_bias", name + "dt_bias", (heads,))
-        self._vector(name + "norm", name + "norm.weight", (c.linear_value_head_dim,))
+    def _vector(self, weight: Weight) -> None:
+        tensor = self._take(weight.name + ("" if weight.kind is Kind.PARAMETER else ".weight"))
+        shape = weight.shape
+        if weight.kind is Kind.CONVOLUTION:
+            channels, taps = shape
+            shape = (channels, taps, 1) if self._mlx_convention else (channels, 1, taps)
+        _check(tensor, FLOAT_BYTES, shape)
+        length = tensor.nbytes // FLOAT_BYTES[tensor.dtype]
+        plus_one = weight.kind is Kind.NORM and not self._mlx_convention
+        extents = self._split(tensor, 1)
+        self.vectors[weight.name] = StoredVector(length, tensor.dtype, extents, plus_one)
 
     def _interleaved_projections(self, name: str) -> None:
         """Qwen3-Next's: per key head its q, k, and its value heads' v and z; likewise b and a."""
@@ -129,32 +123,25 @@ class WeightFinder:
         gathered = Format(rows, format.cols, format.dtype, format.bits, format.group)
         self.matrices[name] = StoredMatrix(gathered, tuple(parts))
 
-    def _moe(self, name: str) -> None:
-        c = self.config
-        self._matrix(name + "gate", c.num_experts, c.hidden_size)
-        shared = c.shared_expert_intermediate_size
-        self._matrix(name + "shared_expert.gate_proj", shared, c.hidden_size)
-        self._matrix(name + "shared_expert.up_proj", shared, c.hidden_size)
-        self._matrix(name + "shared_expert.down_proj", c.hidden_size, shared)
-        self._matrix(name + "shared_expert_gate", 1, c.hidden_size)
+    def _layer_experts(self, name: str) -> StoredExperts:
+        """The experts of one layer, in whichever of three ways they are stored below `name`."""
         if f"{name}experts.gate_up_proj" in self._tensors:
-            self.experts.append(self._fused_experts(name + "experts."))
-        elif f"{name}switch_mlp.gate_proj.weight" in self._tensors:
-            self.experts.append(self._stacked_experts(name + "switch_mlp."))
-        else:
-            self.experts.append(self._separate_experts(name))
+            return self._fused_experts(name + "experts.")
+        if f"{name}switch_mlp.gate_proj.weight" in self._tensors:
+            return self._stacked_experts(name + "switch_mlp.")
+        return self._separate_experts(name)
 
     def _fused_experts(self, name: str) -> StoredExperts:
         """Hugging Face: gate_up_proj [E, 2I, H], gate first, and down_proj [E, H, I]."""
-        c = self.config
-        inner, hidden = c.moe_intermediate_size, c.hidden_size
+        count = self.config.num_experts
+        inner, hidden = self._expert_shapes["gate_proj"]
         gate_up = self._take(name + "gate_up_proj")
         down = self._take(name + "down_proj")
-        _check(gate_up, FLOAT_BYTES, (c.num_experts, 2 * inner, hidden))
-        _check(down, FLOAT_BYTES, (c.num_experts, hidden, inner))
-        extents = np.empty((c.num_experts, 3, 3), np.int64)
-        extents[:, :2] = self._split(gate_up, 2 * c.num_experts).reshape(c.num_experts, 2, 3)
-        extents[:, 2] = self._split(down, c.num_experts)
+        _check(gate_up, FLOAT_BYTES, (count, 2 * inner, hidden))
+        _check(down, FLOAT_BYTES, (count, hidden, inner))
+        extents = np.empty((count, 3, 3), np.int64)
+        extents[:, :2] = self._split(gate_up, 2 * count).reshape(count, 2, 3)
+        extents[:, 2] = self._split(down, count)
         gate = Format(inner, hidden, gate_up.dtype)
         return StoredExperts(gate, gate, Format(hidden, inner, down.dtype), extents.reshape(-1, 3))
 
@@ -163,7 +150,7 @@ class WeightFinder:
         formats, columns = [], []
         for projection in _PROJECTIONS:
             format, tensors = self._take_parts(
-                name + projection, (self.config.num_experts,), *self._expert_shape(projection)
+                name + projection, (self.config.num_experts,), *self._expert_shapes[projection]
             )
             formats.append(format)
             columns += [self._split(tensor, self.config.num_experts) for tensor in tensors]
@@ -179,7 +166,7 @@ class WeightFinder:
                 format, tensors = self._take_parts(
                     f"{name}experts.{expert}.{projection}",
                     (),
-                    *self._expert_shape(projection),
+                    *self._expert_shapes[projection],
                     alias=f"{self._prefix}{name}switch_mlp.{projection}",
                 )
                 first = formats.setdefault(projection, format)
@@ -192,10 +179,6 @@ class WeightFinder:
         gate, up, down = (formats[projection] for projection in _PROJECTIONS)
         return StoredExperts(gate, up, down, _extents(extents))
 
-    def _expert_shape(self, projection: str) -> tuple[int, int]:
-        inner, hidden = self.config.moe_intermediate_size, self.config.hidden_size
-        return (hidden, inner) if projection == "down_proj" else (inner, hidden)
-
     def _split(self, tensor: Tensor, count: int) -> Extents:
         """`count` equal pieces of a tensor, in order."""
         extents = np.empty((count, 3), np.int64)
@@ -204,22 +187,6 @@ class WeightFinder:
         extents[:, 1] = tensor.offset + length * np.arange(count, dtype=np.int64)
         extents[:, 2] = length
         return extents
-
-    def _matrix(self, name: str, rows: int, cols: int) -> None:
-        format, tensors = self._take_parts(name, (), rows, cols)
-        parts = tuple(self._split(tensor, 1) for tensor in tensors)
-        self.matrices[name] = StoredMatrix(format, parts)
-
-    def _norm(self, name: str, length: int) -> None:
-        self._vector(name, name + ".weight", (length,), plus_one=not self._mlx_convention)
-
-    def _vector(
-        self, name: str, stored: str, shape: tuple[int, ...], plus_one: bool = False
-    ) -> None:
-        tensor = self._take(stored)
-        _check(tensor, FLOAT_BYTES, shape)
-        length = tensor.nbytes // FLOAT_BYTES[tensor.dtype]
-        self.vectors[name] = StoredVector(length, tensor.dtype, self._split(tensor, 1), plus_one)
 
     def _take_parts(
         self, name: str, lead: tuple[int, ...], rows: int, cols: int, alias: str | None = None
@@ -266,8 +233,8 @@ class WeightFinder:
         tensor = self._tensors.pop(name, None)
         if tensor is None:
             raise CheckpointError(
-                f"{self.source}: no tensor {self._prefix}{name}; is the download complete, and does"
-                " config.json belong to these weights?"
+                f"{self.listing}: no tensor {self._prefix}{name}; is the download complete, and"
+                " does config.json belong to these weights?"
             )
         return tensor
 
@@ -276,7 +243,7 @@ class WeightFinder:
             if f"{prefix}embed_tokens.weight" in tensors:
                 return prefix
         names = " or ".join(f"{prefix}embed_tokens.weight" for prefix in _PREFIXES)
-        raise CheckpointError(f"{self.source}: no tensor {names}")
+        raise CheckpointError(f"{self.listing}: no tensor {names}")
 
     def _canonical(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         result: dict[str, Tensor] = {}
@@ -298,7 +265,7 @@ class WeightFinder:
 
     def _unknown(self, tensors: Iterable[Tensor]) -> CheckpointError:
         return CheckpointError(
-            f"{self.source}: tensors that this model does not have:"
+            f"{self.listing}: tensors that this model does not have:"
             f" {listed({tensor.name for tensor in tensors})}"
         )
 

@@ -50,11 +50,11 @@ def info_lines(info: Info) -> list[str]:
         f"  parameters     {s.parameters:,}, of which {s.active_parameters:,} compute a token",
         "",
     ]
-    width = max(len(kind.name) for kind in s.kinds)
-    for kind in s.kinds:
-        formats = "; ".join(kind.formats)
+    width = max(len(role.name) for role in s.roles)
+    for role in s.roles:
+        formats = "; ".join(role.formats)
         lines.append(
-            f"  {kind.name:{width}}  {kind.parameters:>17,}  {size(kind.nbytes):>8}  {formats}"
+            f"  {role.name:{width}}  {role.parameters:>17,}  {size(role.nbytes):>8}  {formats}"
         )
     missing = [] if f.fits_memory else ["memory"]
     missing += [] if f.fits_disk else ["disk"]
@@ -72,8 +72,8 @@ def info_lines(info: Info) -> list[str]:
         f"  {verdict}",
         f"  about {f.tokens_per_second:.2g} tok/s, if all experts are equally likely and computing "
         "costs nothing,",
-        f"  at {f.disk_rate / 1e9:.1f} GB/s from disk ({f.disk_rate_source}) and "
-        f"{f.memory_rate / 1e9:.1f} GB/s from memory ({f.memory_rate_source})",
+        f"  at {f.disk_rate / 1e9:.1f} GB/s from disk ({f.disk_rate_basis}) and "
+        f"{f.memory_rate / 1e9:.1f} GB/s from memory ({f.memory_rate_basis})",
     ]
     return lines
 

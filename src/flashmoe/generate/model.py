@@ -2,49 +2,40 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
+import contextlib
 import logging
 import os
-import sys
-import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from flashmoe.checkpoint.find import find_model
-from flashmoe.checkpoint.json import read_json
+from flashmoe.checkpoint.config import ExpertsPerToken, ModelConfig
 from flashmoe.checkpoint.open import Checkpoint
-from flashmoe.errors import ArgumentError, CheckpointError, DeviceError, StateError
-from flashmoe.generate.chat import ChatTemplate, Message
+from flashmoe.checkpoint.template import ChatTemplate, Message
+from flashmoe.errors import ArgumentError, CheckpointError, StateError
+from flashmoe.generate.engine import Progress, Setting, open_engine
 from flashmoe.generate.sampling import Sampler, Sampling
 from flashmoe.generate.state import State
 from flashmoe.generate.stats import Meter, Stats
-from flashmoe.generate.text import TextStream, load_tokenizer
+from flashmoe.generate.text import TextStream
 from flashmoe.machine import probe
 from flashmoe.machine.budget import check_room, default_cache, parse_bytes, prompt_chunk
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    import tokenizers
 
     from flashmoe import _native
-    from flashmoe.checkpoint.config import ModelConfig
 
 log = logging.getLogger("flashmoe")
 
 PRECISIONS = ("int8", "float32")
-KERNELS = Path(__file__).parents[1] / "metal"
-"""Where an installed flashmoe has the sources of its GPU kernels."""
 BACKENDS = ("auto", "cpu", "metal")
 MAX_THREADS = 1024
-Progress = Callable[[int, int], None]
 _Number = TypeVar("_Number", bound=np.generic)
 
 
@@ -74,7 +65,8 @@ class Model:
         source: a hub id such as "mlx-community/Qwen3.5-397B-A17B-4bit" (downloaded on first use), a
             directory, or "demo" (a small model that flashmoe brings along).
         experts_per_token: how many experts each layer runs for a token, at most the model's own
-            number; None is the model's own. Fewer are faster and less exact.
+            number; None is the model's own. Fewer are faster and less exact. "auto" is 4 for
+            Qwen3.5-397B-A17B and the model's own for all others.
         backend: "cpu"; "metal", the GPU of a Mac; or "auto": on macOS the GPU (or with a warning
             the CPU, where it cannot be used), elsewhere the CPU.
         precision: "int8" quantises the inputs of quantised matrices to 8 bits per group on the CPU,
@@ -97,7 +89,7 @@ class Model:
         self,
         source: str | os.PathLike[str],
         *,
-        experts_per_token: int | None = 4,
+        experts_per_token: ExpertsPerToken = "auto",
         backend: str = "auto",
         precision: str = "int8",
         threads: int | None = None,
@@ -108,59 +100,44 @@ class Model:
     ) -> None:
         _check_choice("backend", backend, BACKENDS)
         _check_choice("precision", precision, PRECISIONS)
-        _check_count("experts_per_token", experts_per_token, 1)
         _check_count("threads", threads, 1, MAX_THREADS)
         _check_count("context", context, 1)
         # More than 2^62 bytes would overflow the native core, and hold no more experts.
         cache_bytes = None if cache is None else min(parse_bytes(cache), 1 << 62)
 
-        self.source = os.fspath(source)
-        self.directory = find_model(self.source)
-        checkpoint = Checkpoint.open(self.directory)
-        self.config: ModelConfig = checkpoint.config
-        own, limit = self.config.num_experts_per_tok, self.config.max_position_embeddings
+        self.checkpoint = checkpoint = Checkpoint.open(source)
+        config = checkpoint.config
+        limit = config.max_position_embeddings
         if context is not None and context > limit:
             raise ArgumentError(f"context is {context}; the model's own limit is {limit}")
-        self.experts_per_token = own if experts_per_token is None else min(experts_per_token, own)
-        self.precision = precision
-        self.threads = threads or probe.physical_cores()
         self.context = context or limit
+        experts = config.experts_in_force(experts_per_token)
         available = probe.available_memory()
         if cache_bytes is None:
             cache_bytes = default_cache(checkpoint, available)
         check_room(checkpoint, cache_bytes, available)
-        self._chunk = prompt_chunk(self.config, self.experts_per_token, available)
         self.sampling = self._default_sampling()
-        self.fingerprint = _fingerprint(checkpoint)
-        self._turn = threading.Lock()
-        try:
-            self._engine = open_engine(
-                checkpoint,
-                backend=backend,
-                experts_per_token=self.experts_per_token,
-                precision=precision,
-                threads=self.threads,
-                cache_bytes=cache_bytes,
-                chunk=self._chunk,
-                overlap=overlap,
-                progress=progress,
-            )
-        except MemoryError:
-            raise ArgumentError(
-                f"{self.source}: the system does not grant the memory for resident weights, "
-                f"activations and a cache of {cache_bytes / 1e9:.1f} GB; {available / 1e9:.1f} GB "
-                "are available: give a smaller cache, and see what 'flashmoe info' says"
-            ) from None
-        self.backend = self._engine.backend
-        self._closed = False
-        self._meter = Meter(self._engine.stats())
-        self._last_totals: Mapping[str, float] = self._engine.stats()
+        self.setting = Setting(
+            experts_per_token=experts,
+            backend=backend,
+            precision=precision,
+            threads=threads or probe.physical_cores(),
+            cache_bytes=cache_bytes,
+            chunk=prompt_chunk(config, experts, available),
+            overlap=overlap,
+        )
+        self._engine = open_engine(checkpoint, self.setting, progress)
+        self._native = self._engine.native
+        self._turn = self._engine.turn
+        self.backend = self._native.backend
+        self._totals: Mapping[str, float] = self._native.stats()
+        self._meter = Meter(self._totals)
         log.info(
             "%s: %d of %d experts per token (the model's own number is %d), %s, %s, %d threads, %s",
             self.source,
-            self.experts_per_token,
-            self.config.num_experts,
-            own,
+            experts,
+            config.num_experts,
+            config.num_experts_per_tok,
             self.backend,
             precision,
             self.threads,
@@ -181,32 +158,61 @@ class Model:
 
     def close(self) -> None:
         """Frees memory and files; using the model afterwards raises StateError."""
-        with self._turn:
-            if not self._closed:
-                self._last_totals = self._engine.stats()
-                self._closed = True
-                self._engine.close()
+        with self._turn, contextlib.suppress(StateError):  # closed before
+            self._totals = self._native.stats()
+            self._native.close()
 
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
+    @property
+    def source(self) -> str:
+        """What the model was opened by."""
+        return self.checkpoint.source
+
+    @property
+    def directory(self) -> Path:
+        """Where its checkpoint is."""
+        return self.checkpoint.directory
+
+    @property
+    def config(self) -> ModelConfig:
+        """The architecture."""
+        return self.checkpoint.config
+
+    @property
+    def tokenizer(self) -> tokenizers.Tokenizer:
         """The checkpoint's tokenizer, of the `tokenizers` library."""
-        return load_tokenizer(self.directory)
+        return self.checkpoint.tokenizer.library
+
+    @property
+    def experts_per_token(self) -> int:
+        """Experts that run for a token in each layer."""
+        return self.setting.experts_per_token
+
+    @property
+    def precision(self) -> str:
+        return self.setting.precision
+
+    @property
+    def threads(self) -> int:
+        return self.setting.threads
 
     @property
     def stats(self) -> Stats:
         """What the latest `generate()` or `logits()` took, to date if it is not over."""
         from flashmoe import _native  # noqa: PLC0415
 
+        with self._turn, contextlib.suppress(StateError):  # closed: what it was then
+            self._totals = self._native.stats()
+        kernels = _native.cpu_kernels() if self.backend == "cpu" else self.backend
+        return self._meter.stats(self._totals, self.setting, kernels)
+
+    def layer_times(self) -> list[dict[str, float]]:
+        """Seconds spent in each layer since the model was opened, by part, as the host saw them.
+
+        The parts are "mixer" (norm and GatedDeltaNet or attention), "router" (norm, router, top-k),
+        "wait" (for experts from disk), "experts" (the shared one too) and "combine" (their sum).
+        """
         with self._turn:
-            if not self._closed:
-                self._last_totals = self._engine.stats()
-        return self._meter.stats(
-            self._last_totals,
-            experts_per_token=self.experts_per_token,
-            precision=self.precision,
-            threads=self.threads,
-            kernels=_native.cpu_kernels() if self.backend == "cpu" else self.backend,
-        )
+            return self._native.layer_times()
 
     def generate(
         self,
@@ -221,6 +227,7 @@ class Model:
         presence_penalty: float | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
+        ignore_eos: bool = False,
         state: State | None = None,
         progress: Progress | None = None,
     ) -> Generator[Token, None, None]:
@@ -237,6 +244,7 @@ class Model:
                 prompt to the state.
             seed: the same seed draws the same tokens; None draws others each time.
             stop: ends the answer before the first of these strings.
+            ignore_eos: go on after an end-of-sequence token.
             state: what came before; it then holds the prompt and every token given out.
             progress: called with (prompt tokens computed, prompt tokens) after each chunk.
         Raises:
@@ -262,7 +270,7 @@ class Model:
         self._check_room(state, ids)
         stream = self._text_stream(stop)
         sampler = Sampler(sampling, seed, seen=(*state._tokens, *ids))
-        eos = frozenset(self.config.eos_token_ids)
+        eos = frozenset(() if ignore_eos else self.config.eos_token_ids)
         return self._steps(ids, state, sampler, stream, max_tokens, eos, progress)
 
     def chat(
@@ -283,7 +291,7 @@ class Model:
                 it, and started afresh otherwise: the answer is the same, only the time differs.
         """
         text = self.render(messages, tools=tools, **(variables or {}))
-        ids = self._encode_text(text, special=False)
+        ids = self.checkpoint.tokenizer.encode(text, special=False)
         state: State | None = options.get("state")
         if state is not None:
             self._check_own(state)
@@ -305,7 +313,7 @@ class Model:
         **variables: Any,
     ) -> str:
         """A conversation as the text of a prompt; see `ChatTemplate.render`."""
-        template = self.chat_template(tools=bool(tools))
+        template = self.checkpoint.tools_template if tools else self.checkpoint.template
         if template is None:
             raise ArgumentError(
                 f"{self.directory}: the checkpoint has no chat template (chat_template.jinja); "
@@ -315,18 +323,21 @@ class Model:
             messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables
         )
 
-    def chat_template(self, *, tools: bool = False) -> ChatTemplate | None:
+    @property
+    def chat_template(self) -> ChatTemplate | None:
         """The checkpoint's chat template, or None."""
-        return ChatTemplate.load(self.directory, tools=tools)
+        return self.checkpoint.template
 
-    def logits(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+    def logits(self, ids: Sequence[int], *, state: State | None = None) -> npt.NDArray[np.float32]:
         """The model's prediction after each of the ids: float32 [len(ids), vocab].
 
+        Args:
+            state: what came before; the ids join it. None begins with nothing.
         Raises:
             ArgumentError, StateError, ReadError: as `generate`.
         """
         return self._whole(
-            ids, lambda native, array: self._engine.forward(native, array, all_logits=True)
+            ids, state, lambda native, array: self._native.forward(native, array, all_logits=True)
         )
 
     def routing(self, ids: Sequence[int]) -> npt.NDArray[np.int32]:
@@ -338,34 +349,37 @@ class Model:
             ArgumentError, StateError, ReadError: as `generate`.
         """
         return self._whole(
-            ids, lambda native, array: self._engine.forward(native, array, routing=True)[1]
+            ids, None, lambda native, array: self._native.forward(native, array, routing=True)[1]
         )
 
     def _whole(
         self,
         ids: Sequence[int],
+        state: State | None,
         compute: Callable[[_native.State, npt.NDArray[np.int32]], npt.NDArray[_Number]],
     ) -> npt.NDArray[_Number]:
-        """What `compute` makes of a text that is read at once, from an empty state."""
+        """What `compute` makes of each of the ids, read at once behind what a state holds."""
         ids = self._encode(ids)
         if not ids:
             raise ArgumentError("ids are empty; give at least one token")
-        if len(ids) > self.context:
-            raise StateError(f"{len(ids)} ids; the context holds {self.context}")
-        state = self.new_state()
-        with self._turn:
-            self._check_open()
-            self._meter = meter = Meter(self._engine.stats())
-            start = time.perf_counter()
-            out = compute(state._native, np.array(ids, np.int32))
-            meter.prompt_tokens, meter.prefill_seconds = len(ids), time.perf_counter() - start
-        return out
+        state = self.new_state() if state is None else state
+        self._check_own(state)
+        with state._held():
+            self._check_room(state, ids)
+            with self._turn:
+                self._meter = meter = Meter(self._native.stats())
+                state._tokens += ids
+                todo = state._tokens[state._native.position :]
+                start = time.perf_counter()
+                out = compute(state._native, np.array(todo, np.int32))
+                meter.prompt_tokens = len(todo)
+                meter.prefill_seconds = time.perf_counter() - start
+        return out[len(todo) - len(ids) :]
 
     def new_state(self) -> State:
         """A state that holds no token yet."""
         with self._turn:
-            self._check_open()
-            return State(self, self._engine.new_state(), [])
+            return State(self._engine, self._native.new_state(), [])
 
     def _steps(
         self,
@@ -379,8 +393,7 @@ class Model:
     ) -> Generator[Token, None, None]:
         with state._held():
             with self._turn:
-                self._check_open()
-                self._meter = meter = Meter(self._engine.stats())
+                self._meter = meter = Meter(self._native.stats())
             self._check_room(state, ids)  # once more: the state may have gone on since the call
             state._tokens += ids
             logits = self._prefill(state, meter, progress)
@@ -421,9 +434,9 @@ class Model:
         start = time.perf_counter()
         if progress is not None:
             progress(0, len(todo))
-        for i in range(0, len(todo), self._chunk):
-            logits = self._forward(state, todo[i : i + self._chunk])
-            meter.prompt_tokens = min(i + self._chunk, len(todo))
+        for i in range(0, len(todo), self.setting.chunk):
+            logits = self._forward(state, todo[i : i + self.setting.chunk])
+            meter.prompt_tokens = min(i + self.setting.chunk, len(todo))
             meter.prefill_seconds = time.perf_counter() - start
             if progress is not None:
                 progress(meter.prompt_tokens, len(todo))
@@ -431,13 +444,12 @@ class Model:
 
     def _forward(self, state: State, ids: list[int]) -> npt.NDArray[np.float32]:
         with self._turn:
-            self._check_open()
-            return self._engine.forward(state._native, np.array(ids, np.int32))
+            return self._native.forward(state._native, np.array(ids, np.int32))
 
     def _check_own(self, state: State) -> None:
         if not isinstance(state, State):
             raise ArgumentError(f"a state is what new_state() makes; got {state!r}")
-        if state._model is not self:
+        if state._engine is not self._engine:
             raise StateError("this state is another model's; make one with new_state()")
 
     def _check_room(self, state: State, ids: list[int]) -> None:
@@ -450,13 +462,9 @@ class Model:
                 f"{len(ids)} are more; shorten the prompt or open the model with a larger context"
             )
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise StateError("the model is closed; open it again with flashmoe.Model")
-
     def _encode(self, prompt: str | Iterable[int]) -> list[int]:
         if isinstance(prompt, str):
-            return self._encode_text(prompt)
+            return self.checkpoint.tokenizer.encode(prompt)
         vocab = self.config.vocab_size
         if not isinstance(prompt, Iterable) or isinstance(prompt, (bytes, bytearray)):
             raise ArgumentError(f"a prompt is text or a sequence of ids; got {prompt!r}")
@@ -468,93 +476,18 @@ class Model:
                 raise ArgumentError(f"token id {i} is not in the vocabulary of {vocab}")
         return ids
 
-    def _encode_text(self, text: str, *, special: bool = True) -> list[int]:
-        """The text's ids, with the tokens that the tokenizer puts around a text if `special`."""
-        try:
-            return list(self.tokenizer.encode(text, add_special_tokens=special).ids)
-        except TypeError:
-            at = next((i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff"), None)
-            if at is None:
-                raise
-            raise ArgumentError(
-                f"the prompt is not valid Unicode: character {at} is {text[at]!r}, half of a "
-                "surrogate pair; was it decoded from bytes that are not UTF-8?"
-            ) from None
-
     def _text_stream(self, stop: str | Sequence[str] | None) -> TextStream | None:
         """None for a checkpoint without a tokenizer, which runs on ids and gives no text."""
-        if stop is None and not (self.directory / "tokenizer.json").exists():
+        if stop is None and not self.checkpoint.has_tokenizer:
             return None
-        return TextStream(self.tokenizer, stop)
+        return TextStream(self.checkpoint.tokenizer, stop)
 
     def _default_sampling(self) -> Sampling:
-        path = self.directory / "generation_config.json"
-        if not path.exists():
-            return Sampling()
         try:
-            return Sampling.from_generation_config(read_json(path))
+            return Sampling.from_generation_config(self.checkpoint.metadata.generation)
         except ArgumentError as error:
+            path = self.directory / "generation_config.json"
             raise CheckpointError(f"{path}: {error}") from error
-
-
-def open_engine(
-    checkpoint: Checkpoint,
-    *,
-    backend: str,
-    experts_per_token: int,
-    precision: str,
-    threads: int,
-    cache_bytes: int,
-    chunk: int,
-    overlap: bool,
-    progress: Progress | None,
-) -> _native.Engine:
-    """The native engine for a checkpoint, its resident weights loaded."""
-    from flashmoe import _native  # noqa: PLC0415
-
-    def load(name: str) -> _native.Engine:
-        if name not in _native.backends():
-            raise ArgumentError(
-                f'backend "{name}" is not in this build of flashmoe, which has '
-                f"{', '.join(_native.backends())}; Metal needs macOS"
-            )
-        return _native.Engine(
-            dataclasses.asdict(checkpoint.config) | {"experts_per_token": experts_per_token},
-            checkpoint.native(),
-            backend=name,
-            precision=precision,
-            threads=threads,
-            cache_bytes=cache_bytes,
-            chunk=chunk,
-            kernels=str(KERNELS),
-            overlap=overlap,
-            progress=progress,
-        )
-
-    try:
-        _native.cpu_kernels()
-    except ValueError as error:  # FLASHMOE_ISA names what this machine has not
-        raise ArgumentError(str(error)) from error
-    if backend != "auto":
-        return load(backend)
-    if sys.platform == "darwin" and "metal" in _native.backends():
-        try:
-            return load("metal")
-        except DeviceError as error:
-            log.warning('%s; going on with backend="cpu"', error)
-    return load("cpu")
-
-
-def _fingerprint(checkpoint: Checkpoint) -> str:
-    """Tells models apart, fine-tunes of one architecture too: its config and its final norm."""
-    digest = hashlib.sha256()
-    config = dataclasses.asdict(checkpoint.config)
-    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    for file, offset, length in checkpoint.vectors["norm"].extents.tolist():
-        with Path(checkpoint.files[file]).open("rb") as f:
-            f.seek(offset)
-            digest.update(f.read(length))
-    return digest.hexdigest()[:32]
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

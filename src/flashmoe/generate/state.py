@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ from flashmoe.errors import CheckpointError, StateError, WriteError
 
 if TYPE_CHECKING:
     from flashmoe import _native
-    from flashmoe.generate.model import Model
+    from flashmoe.generate.engine import Engine
 
 _FORMAT = "flashmoe.state.1"
 # bfloat16 travels as uint16: numpy has no such type.
@@ -27,6 +27,13 @@ _NUMPY: dict[str, np.dtype[Any]] = {
 _DTYPES = {dtype: name for name, dtype in _NUMPY.items()}
 
 
+class _Model(Protocol):
+    """What of a `Model` loading a state needs."""
+
+    @property
+    def _engine(self) -> Engine: ...
+
+
 class State:
     """The tokens of a sequence, and the KV caches, convolution and recurrent states they leave.
 
@@ -34,8 +41,8 @@ class State:
     last token of an answer has not been computed yet: the next call does that first.
     """
 
-    def __init__(self, model: Model, native: _native.State, tokens: list[int]) -> None:
-        self._model = model
+    def __init__(self, engine: Engine, native: _native.State, tokens: list[int]) -> None:
+        self._engine = engine
         self._native = native
         self._tokens = tokens
         self._lock = threading.Lock()
@@ -57,8 +64,8 @@ class State:
 
     def fork(self) -> State:
         """An independent copy: what is done with one leaves the other as it is."""
-        with self._held(), self._model._turn:
-            return State(self._model, self._native.fork(), list(self._tokens))
+        with self._held(), self._engine.turn:
+            return State(self._engine, self._native.fork(), list(self._tokens))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file that `State.load` reads, replacing what is there.
@@ -67,7 +74,7 @@ class State:
             WriteError: it cannot be written; what was there is then still there.
         """
         path = Path(path)
-        with self._held(), self._model._turn:
+        with self._held(), self._engine.turn:
             arrays: dict[str, npt.NDArray[Any]] = {
                 "tokens": np.array(self._tokens, np.int32),
                 **self._native.export(),
@@ -75,10 +82,10 @@ class State:
             computed = self._native.position
         metadata = {
             "format": _FORMAT,
-            "model": self._model.fingerprint,
-            "source": self._model.source,
-            "experts_per_token": str(self._model.experts_per_token),
-            "precision": self._model.precision,
+            "model": self._engine.checkpoint.fingerprint,
+            "source": self._engine.checkpoint.source,
+            "experts_per_token": str(self._engine.setting.experts_per_token),
+            "precision": self._engine.setting.precision,
             "computed": str(computed),
         }
         table = [(name, _DTYPES[a.dtype], a.shape) for name, a in arrays.items()]
@@ -95,7 +102,7 @@ class State:
             raise WriteError(f"{path}: the state cannot be written: {error}") from error
 
     @classmethod
-    def load(cls, model: Model, path: str | os.PathLike[str]) -> State:
+    def load(cls, model: _Model, path: str | os.PathLike[str]) -> State:
         """The state that `save` wrote, to go on with the same model.
 
         Raises:
@@ -103,39 +110,41 @@ class State:
             StateError: it belongs to another model, other routing or another precision.
         """
         path = Path(path)
+        engine = model._engine
+        checkpoint, setting = engine.checkpoint, engine.setting
         tensors = read_header(path)
         metadata = read_metadata(path)
         if metadata.get("format") != _FORMAT or "tokens" not in tensors:
             raise CheckpointError(f"{path}: not a state that flashmoe saved")
-        if metadata.get("model") != model.fingerprint:
+        if metadata.get("model") != checkpoint.fingerprint:
             raise StateError(
                 f"{path}: saved from another model ({metadata.get('source')}), not from "
-                f"{model.source}; open that one, or compute the prompt again"
+                f"{checkpoint.source}; open that one, or compute the prompt again"
             )
         for name in ("experts_per_token", "precision"):
-            if metadata.get(name) != str(getattr(model, name)):
+            if metadata.get(name) != str(getattr(setting, name)):
                 raise StateError(
                     f"{path}: computed with {name}={metadata.get(name)}, this model runs "
-                    f"{getattr(model, name)}; open the model with the former"
+                    f"{getattr(setting, name)}; open the model with the former"
                 )
         arrays = {name: _read(tensor) for name, tensor in tensors.items()}
-        tokens = _token_ids(path, arrays.pop("tokens"), model.config.vocab_size)
+        tokens = _token_ids(path, arrays.pop("tokens"), checkpoint.config.vocab_size)
         computed = metadata.get("computed", "")
         if not computed.isdecimal() or int(computed) > len(tokens):
             raise CheckpointError(f"{path}: {len(tokens)} tokens, of which {computed!r} computed")
-        state = model.new_state()
+        with engine.turn:
+            state = cls(engine, engine.native.new_state(), tokens)
         if int(computed) > 0:
             try:
-                with model._turn:
+                with engine.turn:
                     state._native.restore(int(computed), arrays)
             except (ValueError, StateError) as error:
                 raise CheckpointError(f"{path}: {error}") from error
-        state._tokens = tokens
         return state
 
     def _restart(self) -> None:
-        with self._held():
-            self._native = self._model.new_state()._native
+        with self._held(), self._engine.turn:
+            self._native = self._engine.native.new_state()
             self._tokens = []
 
     def _held(self) -> _Held:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from flashmoe.generate.engine import Setting
 from flashmoe.machine import probe
 
 
@@ -26,6 +27,7 @@ class Stats:
             on Linux; None where the platform cannot tell.
         expert_hits, expert_misses: experts found in the program's own cache, and read.
         read_seconds, wait_seconds: spent reading, over all threads; computing waited for reads.
+        forward_seconds, head_seconds: in the engine; of them for the output head.
         peak_memory: largest resident size of the process so far, in bytes.
         resident_bytes, cache_bytes: weights that are always in memory; slots for experts.
         experts_per_token, precision, threads, kernels: what is in force.
@@ -44,6 +46,8 @@ class Stats:
     expert_misses: int
     read_seconds: float
     wait_seconds: float
+    forward_seconds: float
+    head_seconds: float
     peak_memory: int
     resident_bytes: int
     cache_bytes: int
@@ -101,10 +105,7 @@ class Meter:
     def stats(
         self,
         now: Mapping[str, float],
-        *,
-        experts_per_token: int,
-        precision: str,
-        threads: int,
+        setting: Setting,
         kernels: str,
     ) -> Stats:
         """The totals' growth since the call began, with what is in force."""
@@ -126,11 +127,13 @@ class Meter:
             expert_misses=int(grown("expert_misses")),
             read_seconds=grown("read_seconds"),
             wait_seconds=grown("wait_seconds"),
+            forward_seconds=grown("forward_seconds"),
+            head_seconds=grown("head_seconds"),
             peak_memory=probe.peak_memory(),
             resident_bytes=int(now["resident_bytes"]),
             cache_bytes=int(now["slot_bytes"]),
-            experts_per_token=experts_per_token,
-            precision=precision,
-            threads=threads,
+            experts_per_token=setting.experts_per_token,
+            precision=setting.precision,
+            threads=setting.threads,
             kernels=kernels,
         )

@@ -4,38 +4,9 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from flashmoe.errors import ArgumentError, CheckpointError
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-
-def load_tokenizer(directory: Path) -> Tokenizer:
-    """The checkpoint's `tokenizer.json`.
-
-    Raises:
-        CheckpointError: there is none, it is damaged, or it is not a byte-level tokenizer.
-    """
-    from tokenizers import Tokenizer, decoders  # noqa: PLC0415
-
-    path = directory / "tokenizer.json"
-    if not path.is_file():
-        raise CheckpointError(
-            f"{path}: no such file; copy tokenizer.json from the model's page, or download it again"
-        )
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the Rust library raises plain Exception
-        raise CheckpointError(f"{path}: not a tokenizer: {error}; download it again") from error
-    if not isinstance(tokenizer.decoder, decoders.ByteLevel):
-        kind = type(tokenizer.decoder).__name__
-        raise CheckpointError(
-            f"{path}: its decoder is {kind}; flashmoe reads byte-level tokenizers (ByteLevel) only"
-        )
-    return tokenizer
+from flashmoe.checkpoint.tokenizer import Tokenizer
+from flashmoe.errors import ArgumentError
 
 
 def _byte_of() -> dict[str, int]:
@@ -61,8 +32,6 @@ class TextStream:
             raise ArgumentError(f"stop must be strings that are not empty; got {stop!r}")
         self._tokenizer = tokenizer
         self._stop = list(stop)
-        added = tokenizer.get_added_tokens_decoder()
-        self._special = {i for i, token in added.items() if token.special}
         # Replaces invalid bytes as Rust's from_utf8_lossy does: one U+FFFD a maximal subpart.
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
@@ -70,8 +39,7 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """The text that became final with this token; `stopped` turns True at a stop string."""
-        piece = None if token in self._special else self._tokenizer.id_to_token(token)
-        return self._give(self._utf8.decode(_bytes(piece or "")))
+        return self._give(self._utf8.decode(_bytes(self._tokenizer.piece(token))))
 
     def finish(self) -> str:
         """What was held back, when no token follows."""

@@ -10,12 +10,12 @@ import numpy as np
 
 from flashmoe.checkpoint.open import Checkpoint
 from flashmoe.errors import ArgumentError
-from flashmoe.generate.sampling import Sampler, Sampling
 from flashmoe.machine import probe
 from flashmoe.measure.info import summarise
 
 if TYPE_CHECKING:
     from flashmoe.generate.model import Model
+    from flashmoe.generate.stats import Stats
 
 MEASURED = (
     "prefill_rate",
@@ -30,8 +30,7 @@ MEASURED = (
 )
 
 PARTS = ("mixer", "router", "wait", "experts", "combine")
-"""Of a layer's time: norm and GatedDeltaNet or attention; norm, router and top-k; waiting for
-experts from disk; the experts, the shared one too; their sum."""
+"""Of a layer's time, as `Model.layer_times` has them."""
 
 
 def run_bench(
@@ -64,26 +63,27 @@ def run_bench(
             f"{model.context}"
         )
     ids = np.random.default_rng(seed).integers(0, model.config.vocab_size, prompt_tokens).tolist()
-    engine = model._engine
     results: list[dict[str, Any]] = []
     decodes: list[dict[str, Any]] = []
     memory_rates, disk_rates = [], []
-    checkpoint = Checkpoint.open(model.directory)
+    checkpoint = model.checkpoint
     largest = max(layer.expert_bytes for layer in checkpoint.experts)
     for count in range(1, runs + 1):
         memory_rates.append(probe.memory_rate(model.threads))
         disk_rates.append(probe.disk_rate(checkpoint.files, largest, seconds=1))
-        sampler = Sampler(Sampling(), None)
-        prompted: tuple[Any, Any] | None = None
-        for _token in model._steps(
-            ids, model.new_state(), sampler, None, tokens, frozenset(), None
+        prompted: tuple[Stats, list[dict[str, float]]] | None = None
+        for _token in model.generate(
+            ids,
+            max_tokens=tokens,
+            ignore_eos=True,
+            temperature=0,
+            repetition_penalty=1,
+            presence_penalty=0,
         ):
-            prompted = prompted or (engine.stats(), engine.layer_times())
+            prompted = prompted or (model.stats, model.layer_times())
         results.append(model.stats.to_dict())
         assert prompted is not None
-        decodes.append(
-            _decode_breakdown(prompted, (engine.stats(), engine.layer_times()), tokens - 1)
-        )
+        decodes.append(_decode_breakdown(*prompted, model.stats, model.layer_times(), tokens - 1))
         done(count, results[-1])
 
     def median(name: str) -> float | None:
@@ -108,20 +108,22 @@ def run_bench(
     }
 
 
-def _decode_breakdown(before: Any, after: Any, tokens: int) -> dict[str, Any]:
+def _decode_breakdown(
+    before: Stats,
+    layers_before: list[dict[str, float]],
+    after: Stats,
+    layers_after: list[dict[str, float]],
+    tokens: int,
+) -> dict[str, Any]:
     """Per token of one run's decode: seconds, head_seconds, bytes_read, and for each layer the
     seconds of its PARTS."""
-
-    def grown(name: str) -> float:
-        return float(after[0][name] - before[0][name]) / tokens
-
     return {
-        "seconds": grown("forward_seconds"),
-        "head_seconds": grown("head_seconds"),
-        "bytes_read": grown("bytes_read"),
+        "seconds": (after.forward_seconds - before.forward_seconds) / tokens,
+        "head_seconds": (after.head_seconds - before.head_seconds) / tokens,
+        "bytes_read": (after.bytes_read - before.bytes_read) / tokens,
         "layers": [
             {part: (now[part] - then[part]) / tokens for part in PARTS}
-            for then, now in zip(before[1], after[1], strict=True)
+            for then, now in zip(layers_before, layers_after, strict=True)
         ],
     }
 
@@ -129,7 +131,7 @@ def _decode_breakdown(before: Any, after: Any, tokens: int) -> dict[str, Any]:
 def bytes_touched(checkpoint: Checkpoint, experts_per_token: int) -> int:
     """Bytes that a token cannot do without: weights, but for the other rows of the embedding, and
     the recurrent states, which are read and written. Not the keys and values of its context."""
-    summary = summarise(checkpoint, "", 0, experts_per_token)
+    summary = summarise(checkpoint, experts_per_token)
     embedding = checkpoint.matrices["embed_tokens"].format.nbytes
     resident = summary.resident - (0 if checkpoint.config.tie_word_embeddings else embedding)
     return resident + summary.read_per_token + 2 * summary.state_fixed

@@ -59,7 +59,7 @@ def examine() -> Iterator[Finding]:
             with Model("demo", backend=backend, precision="float32") as model:
                 state = model.new_state()
                 steps = [ids[:PROMPT], *([i] for i in ids[PROMPT:])]
-                found = np.stack([model._forward(state, step) for step in steps])
+                found = np.stack([model.logits(step, state=state)[-1] for step in steps])
         except FlashMoeError as error:
             yield Finding(backend, error=str(error))
             continue

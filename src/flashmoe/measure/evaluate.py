@@ -138,8 +138,7 @@ def score_text(
     Raises:
         ArgumentError: fewer than two tokens, or a window that the context does not hold.
     """
-    encoding = model.tokenizer.encode(text, add_special_tokens=False)
-    ids: list[int] = encoding.ids
+    ids, second = model.checkpoint.tokenizer.encode_from(text)
     if len(ids) < 2:
         raise ArgumentError("the text to score has fewer than two tokens")
     if not 1 <= window <= model.context:
@@ -157,7 +156,7 @@ def score_text(
             progress(start + len(part) - 1, len(ids) - 1)
     return TextScore(
         np.concatenate(nats),
-        len(text[encoding.offsets[0][1] :].encode()),
+        len(text[second:].encode()),
         np.concatenate(kl) if kl else None,
         np.concatenate(agreement) if agreement else None,
     )

@@ -2,43 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
+import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from flashmoe.checkpoint.config import ModelConfig
-from flashmoe.checkpoint.find import find_local
-from flashmoe.checkpoint.headers import Tensor
-from flashmoe.checkpoint.index import is_skipped
+from flashmoe import hub
+from flashmoe.checkpoint.architecture import EXPERTS, ROLES, SMALL, Kind, weights_of
+from flashmoe.checkpoint.config import ExpertsPerToken
 from flashmoe.checkpoint.open import Checkpoint
 from flashmoe.checkpoint.table import Format
-from flashmoe.errors import ArgumentError, CheckpointError
+from flashmoe.errors import ArgumentError
 from flashmoe.machine import probe
 
 ASSUMED_DISK_RATE = 3e9
 """Bytes a second of a middling NVMe SSD, where nothing was stated and nothing can be measured."""
 
-# Every matrix by the end of its canonical name; what is left over is small.
-_KINDS = {
-    "embeddings": ("embed_tokens",),
-    "output head": ("lm_head",),
-    "GatedDeltaNet": ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"),
-    "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "router": ("mlp.gate", "shared_expert_gate"),
-    "shared expert": ("gate_proj", "up_proj", "down_proj"),
-}
-
 
 @dataclass(frozen=True)
-class Kind:
-    """Tensors of one kind: parameters, bytes as stored, and the formats they are stored in."""
+class Role:
+    """Weights of one role: parameters, bytes as stored, and the formats they are stored in."""
 
     name: str
     parameters: int
@@ -79,7 +67,7 @@ class Summary:
     read_per_token: int
     state_fixed: int
     state_per_token: int
-    kinds: tuple[Kind, ...]
+    roles: tuple[Role, ...]
 
 
 @dataclass(frozen=True)
@@ -88,7 +76,7 @@ class Fit:
 
     Attributes:
         present: the checkpoint lies here already, so that free disk is not needed.
-        disk_rate_source, memory_rate_source: "measured", "stated" or "assumed".
+        disk_rate_basis, memory_rate_basis: "measured", "stated" or "assumed".
         cached_share: of the experts, what memory left free by the resident part holds.
         tokens_per_second: if every token reads its weights once, at these rates, and all experts
             are equally likely. Real routing favours some, which are cached; computing costs extra.
@@ -101,9 +89,9 @@ class Fit:
     fits_memory: bool
     fits_disk: bool
     disk_rate: float
-    disk_rate_source: str
+    disk_rate_basis: str
     memory_rate: float
-    memory_rate_source: str
+    memory_rate_basis: str
     cached_share: float
     tokens_per_second: float
 
@@ -121,9 +109,9 @@ class Info:
 
 
 def describe(
-    source: str,
+    source: str | os.PathLike[str],
     *,
-    experts_per_token: int | None = 4,
+    experts_per_token: ExpertsPerToken = "auto",
     disk_rate: float | None = None,
     memory_rate: float | None = None,
 ) -> Info:
@@ -139,29 +127,20 @@ def describe(
     for name, rate in (("disk", disk_rate), ("memory", memory_rate)):
         if rate is not None and not 0 < rate < math.inf:
             raise ArgumentError(f"the rate of the {name} must be more than 0; got {rate!r}")
-    if experts_per_token is not None and experts_per_token < 1:
-        raise ArgumentError(
-            f"experts_per_token must be None or at least 1; got {experts_per_token}"
-        )
-    checkpoint, disk, local = _open(source)
-    summary = summarise(checkpoint, source, disk, experts_per_token)
-    place = checkpoint.directory if local else _hub_cache()
-    return Info(summary, _fit(checkpoint, summary, place, local, disk_rate, memory_rate))
+    checkpoint = Checkpoint.look(source)
+    summary = summarise(checkpoint, checkpoint.config.experts_in_force(experts_per_token))
+    return Info(summary, _fit(checkpoint, summary, disk_rate, memory_rate))
 
 
-def summarise(
-    checkpoint: Checkpoint, source: str, disk: int, experts_per_token: int | None
-) -> Summary:
-    """The numbers of a checkpoint that takes `disk` bytes on disk."""
+def summarise(checkpoint: Checkpoint, experts_per_token: int) -> Summary:
+    """The numbers of a checkpoint of which so many experts run for a token."""
     c = checkpoint.config
-    own = c.num_experts_per_tok
-    k = own if experts_per_token is None else min(experts_per_token, own)
-    kinds = _kinds(checkpoint)
+    roles = _roles(checkpoint)
     expert_parameters = sum(
         sum(f.rows * f.cols for f in (layer.gate, layer.up, layer.down))
         for layer in checkpoint.experts
     )
-    parameters = sum(kind.parameters for kind in kinds)
+    parameters = sum(role.parameters for role in roles)
     always = parameters - expert_parameters * c.num_experts
     if not c.tie_word_embeddings:
         always -= c.vocab_size * c.hidden_size  # of the embedding, one row is used
@@ -172,60 +151,60 @@ def summarise(
         c.linear_num_value_heads * c.linear_key_head_dim * c.linear_value_head_dim
     )
     return Summary(
-        source=source,
+        source=checkpoint.source,
         model_type=c.model_type,
         layers=len(c.layer_types),
         attention_layers=attention,
         hidden_size=c.hidden_size,
         vocab_size=c.vocab_size,
         num_experts=c.num_experts,
-        own_experts_per_token=own,
-        experts_per_token=k,
+        own_experts_per_token=c.num_experts_per_tok,
+        experts_per_token=experts_per_token,
         context=c.max_position_embeddings,
         parameters=parameters,
-        active_parameters=always + k * expert_parameters,
-        disk=disk,
+        active_parameters=always + experts_per_token * expert_parameters,
+        disk=checkpoint.disk_bytes,
         resident=(
             sum(m.format.nbytes for m in checkpoint.matrices.values())
             + sum(4 * v.length for v in checkpoint.vectors.values())
         ),
         expert=max(per_layer),
         experts=c.num_experts * sum(per_layer),
-        read_per_token=k * sum(per_layer),
+        read_per_token=experts_per_token * sum(per_layer),
         state_fixed=4 * delta * state_layer,
         state_per_token=2 * attention * 2 * c.num_key_value_heads * c.head_dim,
-        kinds=kinds,
+        roles=roles,
     )
 
 
-def _kinds(checkpoint: Checkpoint) -> tuple[Kind, ...]:
-    formats: dict[str, list[tuple[Format, int]]] = {name: [] for name in _KINDS}
-    for name, matrix in checkpoint.matrices.items():
-        kind = next(k for k, ends in _KINDS.items() if name.endswith(ends))
-        formats[kind].append((matrix.format, 1))
-    formats["routed experts"] = [
+def _roles(checkpoint: Checkpoint) -> tuple[Role, ...]:
+    formats: dict[str, list[tuple[Format, int]]] = {}
+    for weight in weights_of(checkpoint.config):
+        if weight.kind is Kind.MATRIX:
+            formats.setdefault(weight.role, []).append((checkpoint.matrices[weight.name].format, 1))
+    formats[EXPERTS] = [
         (f, checkpoint.config.num_experts)
         for layer in checkpoint.experts
         for f in (layer.gate, layer.up, layer.down)
     ]
-    kinds = [
-        Kind(
+    roles = [
+        Role(
             name,
-            sum(f.rows * f.cols * count for f, count in found),
-            sum(f.nbytes * count for f, count in found),
-            _unique(_spell(f) for f, _ in found),
+            sum(f.rows * f.cols * count for f, count in formats[name]),
+            sum(f.nbytes * count for f, count in formats[name]),
+            _unique(_spell(f) for f, _ in formats[name]),
         )
-        for name, found in formats.items()
-        if found
+        for name in ROLES
+        if name in formats
     ]
     vectors = checkpoint.vectors.values()
-    small = Kind(
-        "norms, convolutions",
+    small = Role(
+        SMALL,
         sum(v.length for v in vectors),
         sum(int(v.extents[:, 2].sum()) for v in vectors),
         _unique(v.dtype.lower() for v in vectors),
     )
-    return (*kinds, small)
+    return (*roles, small)
 
 
 def _spell(format: Format) -> str:
@@ -241,19 +220,18 @@ def _unique(items: Iterable[str]) -> tuple[str, ...]:
 def _fit(
     checkpoint: Checkpoint,
     summary: Summary,
-    place: Path,
-    local: bool,
     disk_rate: float | None,
     memory_rate: float | None,
 ) -> Fit:
     available = probe.available_memory()
-    free = shutil.disk_usage(place).free
-    disk_source = "assumed" if disk_rate is None else "stated"
-    if disk_rate is None and local:
+    here = checkpoint.here
+    free = shutil.disk_usage(checkpoint.directory if here else hub.cache_place()).free
+    disk_basis = "assumed" if disk_rate is None else "stated"
+    if disk_rate is None and here:
         lengths = np.concatenate([layer.extents[:, 2] for layer in checkpoint.experts])
         disk_rate = probe.disk_rate(checkpoint.files, int(np.median(lengths)))
-        disk_source = "assumed" if disk_rate is None else "measured"
-    memory_source = "measured" if memory_rate is None else "stated"
+        disk_basis = "assumed" if disk_rate is None else "measured"
+    memory_basis = "measured" if memory_rate is None else "stated"
     disk_rate = disk_rate or ASSUMED_DISK_RATE
     memory_rate = memory_rate or probe.memory_rate(probe.physical_cores())
 
@@ -266,66 +244,13 @@ def _fit(
         memory=probe.total_memory(),
         memory_available=available,
         disk_free=free,
-        present=local,
+        present=here,
         fits_memory=summary.resident <= available,
-        fits_disk=local or summary.disk <= free,
+        fits_disk=here or summary.disk <= free,
         disk_rate=disk_rate,
-        disk_rate_source=disk_source,
+        disk_rate_basis=disk_basis,
         memory_rate=memory_rate,
-        memory_rate_source=memory_source,
+        memory_rate_basis=memory_basis,
         cached_share=cached,
         tokens_per_second=1 / seconds,
     )
-
-
-def _open(source: str) -> tuple[Checkpoint, int, bool]:
-    """A checkpoint, its bytes on disk, and whether it lies here."""
-    directory = find_local(source)
-    if directory is None:
-        return _open_remote(source)
-    checkpoint = Checkpoint.open(directory)
-    disk = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
-    return checkpoint, disk, True
-
-
-def _open_remote(source: str) -> tuple[Checkpoint, int, bool]:
-    """From config.json and the headers of the safetensors files, which are a few MB at most."""
-    from huggingface_hub import HfApi, hf_hub_download  # noqa: PLC0415
-    from huggingface_hub.errors import (  # noqa: PLC0415
-        EntryNotFoundError,
-        NotASafetensorsRepoError,
-    )
-
-    from flashmoe.hub import explained_errors  # noqa: PLC0415
-
-    with explained_errors(source):
-        config_path = Path(hf_hub_download(source, "config.json"))
-        with contextlib.suppress(EntryNotFoundError):
-            hf_hub_download(source, "generation_config.json", revision=config_path.parent.name)
-    config = ModelConfig.load(config_path.parent)
-    with explained_errors(source):
-        try:
-            found = HfApi().get_safetensors_metadata(source, revision=config_path.parent.name)
-        except NotASafetensorsRepoError:
-            found = None
-    if found is None:
-        raise CheckpointError(f"{source}: holds no safetensors files, which flashmoe reads")
-    tensors = [
-        Tensor(name, Path(file), start, end - start, tensor.dtype, tuple(tensor.shape))
-        for file, metadata in found.files_metadata.items()
-        for name, tensor in metadata.tensors.items()
-        for start, end in (tensor.data_offsets,)
-    ]
-    disk = sum(tensor.nbytes for tensor in tensors)
-    wanted = {tensor.name: tensor for tensor in tensors if not is_skipped(tensor.name)}
-    return Checkpoint.of_tensors(config_path.parent, config, wanted, Path(source)), disk, False
-
-
-def _hub_cache() -> Path:
-    """The nearest existing directory of where a download would go."""
-    from huggingface_hub.constants import HF_HUB_CACHE  # noqa: PLC0415
-
-    place = Path(HF_HUB_CACHE)
-    while not place.exists():
-        place = place.parent
-    return place

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from flashmoe.checkpoint.config import ModelConfig
+from flashmoe.checkpoint.architecture import Kind, weights_of
 from flashmoe.checkpoint.headers import build_header
 from flashmoe.checkpoint.open import Checkpoint
 from flashmoe.checkpoint.table import FLOAT_BYTES, Format, StoredExperts, StoredMatrix, StoredVector
@@ -30,7 +30,7 @@ _QUANTIZATION_KEYS = ("quantization", "quantization_config")  # mlx-lm writes bo
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class RowBlock:
     """`count` rows of a matrix from `first` on: what they become, and where each part goes."""
 
     name: str
@@ -47,7 +47,7 @@ class Rows:
 
 
 @dataclass(frozen=True, eq=False)
-class Vector:
+class VectorCopy:
     """A vector and where it goes. It is kept as it is, but where 1 is added it becomes float32."""
 
     name: str
@@ -68,7 +68,7 @@ class PlannedFile:
     header: bytes
     size: int
     tensors: tuple[str, ...]
-    work: tuple[Rows | Vector, ...]
+    work: tuple[RowBlock | VectorCopy, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,23 +92,26 @@ class Plan:
         return {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map}
 
 
-def make_plan(checkpoint: Checkpoint, config: dict[str, Any], bits: int, group: int) -> Plan:
-    """The pack at 2, 4, 8 or 16 `bits` of a checkpoint whose config.json holds `config`."""
+def make_plan(checkpoint: Checkpoint, bits: int, group: int) -> Plan:
+    """The pack of a checkpoint at 2, 4, 8 or 16 `bits`."""
     formats = _Formats(bits, group)
     resident = _FileBuilder()
     for name, matrix in checkpoint.matrices.items():
         path = "language_model.lm_head" if name == "lm_head" else _PREFIX + name
         resident.add_matrix(path, matrix, formats.choose(path, matrix.format))
-    for name, vector in checkpoint.vectors.items():
-        suffix = "" if name.endswith(("A_log", "dt_bias")) else ".weight"
-        shape = _vector_shape(name, vector, checkpoint.config)
-        resident.add_vector(_PREFIX + name + suffix, vector, shape)
+    for weight in weights_of(checkpoint.config):
+        if weight.name in checkpoint.vectors:
+            suffix = "" if weight.kind is Kind.PARAMETER else ".weight"
+            # MLX's convention for convolutions is [channels, taps, 1].
+            shape = (*weight.shape, 1) if weight.kind is Kind.CONVOLUTION else weight.shape
+            vector = checkpoint.vectors[weight.name]
+            resident.add_vector(_PREFIX + weight.name + suffix, vector, shape)
     # Larger elements first, as the safetensors library has it: every tensor is aligned to its own.
     resident.entries.sort(key=lambda entry: entry[1] not in ("U32", "F32"))
     files = [resident.finish(RESIDENT)]
     for layer, experts in enumerate(checkpoint.experts):
         files.append(_expert_file(layer, experts, formats))
-    config = _without_quantization(config)
+    config = _without_quantization(checkpoint.metadata.config)
     if isinstance(text := config.get("text_config"), dict):
         config["text_config"] = _without_quantization(text)
     if bits != 16:
@@ -170,7 +173,7 @@ class _FileBuilder:
 
     def add_vector(self, name: str, source: StoredVector, shape: tuple[int, ...]) -> None:
         self._vectors.append((name, source))
-        self._add(name, _vector_dtype(source), shape, Vector(name, source, 0).nbytes)
+        self._add(name, _vector_dtype(source), shape, VectorCopy(name, source, 0).nbytes)
 
     def _add(self, name: str, dtype: str, shape: tuple[int, ...], nbytes: int) -> None:
         self.entries.append((name, dtype, shape))
@@ -178,7 +181,9 @@ class _FileBuilder:
 
     def finish(self, name: str) -> PlannedFile:
         header, offsets = build_header(self.entries, EXPERT_ALIGNMENT)
-        work: list[Rows | Vector] = [Vector(v, source, offsets[v]) for v, source in self._vectors]
+        work: list[RowBlock | VectorCopy] = [
+            VectorCopy(v, source, offsets[v]) for v, source in self._vectors
+        ]
         for path, source, target in self._matrices:
             places = [offsets[path + suffix] for suffix, _, _ in _parts(target)]
             work += _blocks(path, source, target, places)
@@ -206,14 +211,16 @@ def _expert_file(layer: int, experts: StoredExperts, formats: _Formats) -> Plann
     return builder.finish(f"layer-{layer:03d}.safetensors")
 
 
-def _blocks(path: str, source: StoredMatrix, target: Format, places: list[int]) -> Iterator[Rows]:
+def _blocks(
+    path: str, source: StoredMatrix, target: Format, places: list[int]
+) -> Iterator[RowBlock]:
     step = max(1, BLOCK_WEIGHTS // target.cols)
     for first in range(0, target.rows, step):
         offsets = tuple(
             place + target.part_bytes(part) // target.rows * first
             for part, place in enumerate(places)
         )
-        yield Rows(path, source, target, first, min(step, target.rows - first), offsets)
+        yield RowBlock(path, source, target, first, min(step, target.rows - first), offsets)
 
 
 def _parts(format: Format) -> Iterator[tuple[str, str, tuple[int, int]]]:
@@ -229,12 +236,6 @@ def _parts(format: Format) -> Iterator[tuple[str, str, tuple[int, int]]]:
 def _vector_dtype(source: StoredVector) -> str:
     # In 16 bits 1 + w would lose most of w.
     return "F32" if source.plus_one else source.dtype
-
-
-def _vector_shape(name: str, vector: StoredVector, config: ModelConfig) -> tuple[int, ...]:
-    if name.endswith("conv1d"):
-        return (config.conv_channels, config.linear_conv_kernel_dim, 1)
-    return (vector.length,)
 
 
 def _without_quantization(config: dict[str, Any]) -> dict[str, Any]:

@@ -18,14 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from flashmoe.checkpoint.find import find_model
 from flashmoe.checkpoint.index import INDEX
 from flashmoe.checkpoint.json import read_json
 from flashmoe.checkpoint.open import JOB, Checkpoint
 from flashmoe.errors import ArgumentError, FlashMoeError, WriteError
 from flashmoe.machine import probe
 from flashmoe.pack.convert import convert_rows, convert_vector
-from flashmoe.pack.layout import Plan, PlannedFile, Rows, Vector, make_plan
+from flashmoe.pack.layout import Plan, PlannedFile, RowBlock, VectorCopy, make_plan
 
 log = logging.getLogger("flashmoe")
 
@@ -103,8 +102,8 @@ def pack(
         raise ArgumentError(f"group_size is {group_size!r}; choose one of {choices}")
     if threads is not None and threads < 1:
         raise ArgumentError(f"threads is {threads!r}; give at least 1")
-    checkpoint = Checkpoint.open(find_model(os.fspath(source)))
-    plan = make_plan(checkpoint, read_json(checkpoint.directory / "config.json"), bits, group_size)
+    checkpoint = Checkpoint.open(source)
+    plan = make_plan(checkpoint, bits, group_size)
     for path in plan.dense:
         log.warning("%s stays at 16 bits: groups of %d do not divide it", path, group_size)
     with _held(Path(destination)) as directory:
@@ -218,9 +217,9 @@ class _Job:
             finally:
                 pool.shutdown(cancel_futures=True)
 
-    def _convert(self, out: BinaryIO, work: Rows | Vector) -> int:
+    def _convert(self, out: BinaryIO, work: RowBlock | VectorCopy) -> int:
         files = self.checkpoint.files
-        if isinstance(work, Vector):
+        if isinstance(work, VectorCopy):
             _write_at(out, convert_vector(files, work.source), work.offset)
         else:
             parts = convert_rows(files, work.name, work.source, work.target, work.first, work.count)

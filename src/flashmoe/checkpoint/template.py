@@ -1,14 +1,19 @@
-"""A conversation as a prompt: the checkpoint's own chat template, rendered as transformers does."""
+"""A conversation as a prompt: the checkpoint's own chat template, rendered as transformers does.
+
+The one place that touches jinja2.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashmoe.checkpoint.json import read_json
+from flashmoe.checkpoint.metadata import Metadata
 from flashmoe.errors import ArgumentError, CheckpointError
 
 if TYPE_CHECKING:
@@ -21,14 +26,13 @@ Message = Mapping[str, Any]
 class ChatTemplate:
     """A checkpoint's chat template and the special tokens it may name."""
 
-    def __init__(self, source: str, path: Path, tokens: Mapping[str, str] | None = None) -> None:
-        self.source = source
+    def __init__(self, text: str, path: Path, tokens: Mapping[str, str] | None = None) -> None:
+        self.text = text
         self.path = path
         self._tokens = dict(tokens or {})
-        self._compiled: Template | None = None
 
     @classmethod
-    def load(cls, directory: Path, *, tools: bool = False) -> ChatTemplate | None:
+    def load(cls, metadata: Metadata, *, tools: bool = False) -> ChatTemplate | None:
         """From `chat_template.jinja`, `tokenizer_config.json` or `chat_template.json`, else None.
 
         Where several are named, "tool_use" is taken for a conversation with tools, else "default".
@@ -36,8 +40,7 @@ class ChatTemplate:
         Raises:
             CheckpointError: a file cannot be read, or holds something else.
         """
-        config_path = directory / "tokenizer_config.json"
-        config = read_json(config_path) if config_path.is_file() else {}
+        directory, config = metadata.directory, metadata.tokenizer
         tokens: dict[str, str] = {}
         for name in ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token"):
             value = config.get(name)
@@ -50,18 +53,18 @@ class ChatTemplate:
                 return cls(path.read_text(encoding="utf-8"), path, tokens)
             except (OSError, UnicodeDecodeError) as error:
                 raise CheckpointError(f"{path}: cannot be read: {error}") from error
-        path, source = config_path, config.get("chat_template")
-        if source is None and (other := directory / "chat_template.json").is_file():
-            path, source = other, read_json(other).get("chat_template")
-        if isinstance(source, list):
+        path, text = directory / "tokenizer_config.json", config.get("chat_template")
+        if text is None and (other := directory / "chat_template.json").is_file():
+            path, text = other, read_json(other).get("chat_template")
+        if isinstance(text, list):
             try:
-                named = {t["name"]: t["template"] for t in source}
+                named = {t["name"]: t["template"] for t in text}
             except (KeyError, TypeError):
                 raise CheckpointError(
                     f"{path}: chat_template is a list, expected objects of name and template in it"
                 ) from None
-            source = (named.get("tool_use") if tools else None) or named.get("default")
-        return cls(source, path, tokens) if isinstance(source, str) else None
+            text = (named.get("tool_use") if tools else None) or named.get("default")
+        return cls(text, path, tokens) if isinstance(text, str) else None
 
     def render(
         self,
@@ -89,12 +92,11 @@ class ChatTemplate:
                 'messages must be a list of turns such as {"role": "user", "content": "Hello"}; '
                 f"got {messages!r}"
             )
-        if self._compiled is None:
-            self._compiled = self._compile()
+        template = self._compiled
         # A key whose value is None means the same as an absent one; templates know only the latter.
         turns = [{k: v for k, v in m.items() if v is not None} for m in messages]
         try:
-            return self._compiled.render(
+            return template.render(
                 messages=turns,
                 tools=None if tools is None else list(tools),
                 documents=None,
@@ -104,7 +106,8 @@ class ChatTemplate:
         except Exception as error:  # a template may compute with what is no text
             raise ArgumentError(f"{self.path}: the chat template refuses this: {error}") from error
 
-    def _compile(self) -> Template:
+    @cached_property
+    def _compiled(self) -> Template:
         import jinja2  # noqa: PLC0415
         import jinja2.ext  # noqa: PLC0415
         from jinja2.sandbox import ImmutableSandboxedEnvironment  # noqa: PLC0415
@@ -116,7 +119,7 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
         try:
-            return environment.from_string(self.source)
+            return environment.from_string(self.text)
         except jinja2.TemplateError as error:
             raise CheckpointError(
                 f"{self.path}: the chat template is not valid Jinja: {error}"

@@ -1,0 +1,64 @@
+"""Options that several commands share, and what they mean to the library."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from flashmoe.checkpoint.config import ExpertsPerToken
+from flashmoe.errors import ArgumentError
+
+Source = Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a directory, or 'demo'.")]
+Experts = Annotated[
+    str,
+    typer.Option(
+        "--experts-per-token",
+        "-e",
+        metavar="N|auto",
+        help="Experts a layer runs for a token, at most the model's own number; 0 for all of "
+        "those; auto for 4 of Qwen3.5-397B-A17B's, and all of any other's.",
+    ),
+]
+Precision = Annotated[
+    str,
+    typer.Option(metavar="NAME", help="int8, or float32: activations unquantised, the reference."),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="To compute with; all physical cores if not given."),
+]
+Cache = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Memory for experts, as 4GB; 0 leaves it to the page cache. If not given, what 70 % "
+        "of the available memory have room for.",
+    ),
+]
+Context = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="N", help="Most tokens of a sequence; the model's own if not given."
+    ),
+]
+MaxTokens = Annotated[
+    int | None, typer.Option("--max-tokens", "-n", min=0, metavar="N", help="To generate at most.")
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option(metavar="T", help="0 is greedy. This and what follows: the model's if not given."),
+]
+Seed = Annotated[
+    int | None, typer.Option(min=0, metavar="N", help="The same seed draws the same tokens.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
+
+
+def parse_experts(given: str) -> ExpertsPerToken:
+    """`experts_per_token` as the library takes it; ArgumentError for what is no such thing."""
+    if given == "auto":
+        return "auto"
+    if not (given.isascii() and given.isdecimal() and len(given) < 10):
+        raise ArgumentError(f"--experts-per-token is a number, 0 or auto; got {given!r}")
+    return int(given) or None

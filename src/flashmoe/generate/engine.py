@@ -1,0 +1,107 @@
+"""The native engine of a checkpoint, opened with its resident weights loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flashmoe.checkpoint.open import Checkpoint
+from flashmoe.errors import ArgumentError, DeviceError
+from flashmoe.machine import probe
+
+if TYPE_CHECKING:
+    from flashmoe import _native
+
+log = logging.getLogger("flashmoe")
+
+KERNELS = Path(__file__).parents[1] / "metal"
+"""Where an installed flashmoe has the sources of its GPU kernels."""
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How an engine computes, as `Model` takes it, every value decided."""
+
+    experts_per_token: int
+    backend: str
+    precision: str
+    threads: int
+    cache_bytes: int
+    chunk: int
+    overlap: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Engine:
+    """An open native engine, and what its states are of: a checkpoint and a setting."""
+
+    native: _native.Engine
+    checkpoint: Checkpoint
+    setting: Setting
+    turn: threading.Lock = field(default_factory=threading.Lock)
+
+
+def open_engine(checkpoint: Checkpoint, setting: Setting, progress: Progress | None) -> Engine:
+    """The engine for a checkpoint.
+
+    Raises:
+        ArgumentError: a backend or kernels that are not here, or memory that is not granted.
+        CheckpointError, ReadError: a weight is damaged or cannot be read.
+        DeviceError: the GPU is absent, too small, or refuses a kernel.
+    """
+    from flashmoe import _native  # noqa: PLC0415
+
+    try:
+        _native.cpu_kernels()
+    except ValueError as error:  # FLASHMOE_ISA names what this machine has not
+        raise ArgumentError(str(error)) from error
+    names = [setting.backend]
+    if setting.backend == "auto":
+        on_mac = sys.platform == "darwin" and "metal" in _native.backends()
+        names = ["metal", "cpu"] if on_mac else ["cpu"]
+    for name in names[:-1]:
+        try:
+            return Engine(_load(checkpoint, setting, name, progress), checkpoint, setting)
+        except DeviceError as error:
+            log.warning('%s; going on with backend="cpu"', error)
+    return Engine(_load(checkpoint, setting, names[-1], progress), checkpoint, setting)
+
+
+def _load(
+    checkpoint: Checkpoint, setting: Setting, backend: str, progress: Progress | None
+) -> _native.Engine:
+    from flashmoe import _native  # noqa: PLC0415
+
+    if backend not in _native.backends():
+        raise ArgumentError(
+            f'backend "{backend}" is not in this build of flashmoe, which has '
+            f"{', '.join(_native.backends())}; Metal needs macOS"
+        )
+    config = dataclasses.asdict(checkpoint.config)
+    try:
+        return _native.Engine(
+            config | {"experts_per_token": setting.experts_per_token},
+            checkpoint.native(),
+            backend=backend,
+            precision=setting.precision,
+            threads=setting.threads,
+            cache_bytes=setting.cache_bytes,
+            chunk=setting.chunk,
+            kernels=str(KERNELS),
+            overlap=setting.overlap,
+            progress=progress,
+        )
+    except MemoryError:
+        raise ArgumentError(
+            f"{checkpoint.source}: the system does not grant the memory for resident weights, "
+            f"activations and a cache of {setting.cache_bytes / 1e9:.1f} GB; "
+            f"{probe.available_memory() / 1e9:.1f} GB are available: give a smaller cache, and see "
+            "what 'flashmoe info' says"
+        ) from None
