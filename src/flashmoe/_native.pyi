@@ -44,7 +44,10 @@ class State:
     def restore(self, position: int, tensors: dict[str, npt.NDArray[Any]]) -> None: ...
 
 class Engine:
-    """A loaded model. One thread at a time uses it and its states; a second gets StateError.
+    """A loaded model. Threads that use it and its states take turns, in the order they asked.
+
+    A call waits for its turn without the GIL. From a signal handler that interrupts another call
+    of its thread it would wait for ever, and raises StateError instead.
 
     config holds ModelConfig's fields and `experts_per_token`, the number in force. progress is
     called with (bytes read, bytes in all) while weights are loaded. kernels is the directory of a

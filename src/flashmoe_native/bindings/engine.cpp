@@ -123,6 +123,12 @@ class SignalCheck {
   Clock::time_point last_ = Clock::now();
 };
 
+// Waits without the GIL until this thread may use the engine and its states.
+Turn take_turn(Engine& engine) {
+  const nb::gil_scoped_release release;
+  return Turn(engine.turns(), SignalCheck());
+}
+
 struct PyState {
   Engine& engine;  // kept alive by the Python object
   State state;
@@ -178,7 +184,7 @@ std::byte* data_of(const nb::object& array) {
 }
 
 nb::dict export_state(PyState& self) {
-  const Engine::Use use(self.engine);
+  const Turn turn = take_turn(self.engine);
   const bool half = self.state.cache_dtype() == DType::BF16;
   nb::dict result;
   visit_tensors(self, [&](const std::string& name, int layer, std::byte* data, bool cache,
@@ -196,7 +202,7 @@ nb::dict export_state(PyState& self) {
 
 // A state of `position` tokens with what export_state() gave, into a fresh state.
 void restore_state(PyState& self, int64_t position, const nb::dict& tensors) {
-  const Engine::Use use(self.engine);
+  const Turn turn = take_turn(self.engine);
   require(self.state.position() == 0, "restore: the state is not a fresh one");
   require(position >= 0, "restore: position is negative");
   State filled = self.state.fork();
@@ -247,13 +253,14 @@ nb::object forward(Engine& engine, PyState& state, const Ids& ids, bool all_logi
   const std::span<const int32_t> tokens(ids.data(), ids.shape(0));
   {
     nb::gil_scoped_release release;
-    const Engine::Use use(engine);
+    const Turn turn(engine.turns(), SignalCheck());
     engine.forward(state.state, tokens, out, SignalCheck());
   }
   return routing ? nb::make_tuple(logits, experts) : logits;
 }
 
-nb::dict statistics(const Engine& engine) {
+nb::dict statistics(Engine& engine) {
+  const Turn turn = take_turn(engine);
   const Engine::Statistics now = engine.statistics();
   nb::dict result;
   result["reads"] = now.experts.reads;
@@ -272,7 +279,8 @@ nb::dict statistics(const Engine& engine) {
   return result;
 }
 
-nb::list layer_times(const Engine& engine) {
+nb::list layer_times(Engine& engine) {
+  const Turn turn = take_turn(engine);
   nb::list result;
   for (const LayerTimes& times : engine.statistics().layers) {
     nb::dict layer;
@@ -337,7 +345,7 @@ void bind_engine(nb::module_& m) {
           "fork",
           [](PyState& self) {
             const nb::gil_scoped_release release;
-            const Engine::Use use(self.engine);
+            const Turn turn(self.engine.turns(), SignalCheck());
             return new PyState{self.engine, self.state.fork()};
           },
           nb::rv_policy::take_ownership, nb::keep_alive<0, 1>())
@@ -374,7 +382,8 @@ void bind_engine(nb::module_& m) {
       .def(
           "new_state",
           [](Engine& self) {
-            const Engine::Use use(self);
+            const nb::gil_scoped_release release;
+            const Turn turn(self.turns(), SignalCheck());
             return new PyState{self, self.new_state()};
           },
           nb::rv_policy::take_ownership, nb::keep_alive<0, 1>())
@@ -382,7 +391,8 @@ void bind_engine(nb::module_& m) {
       .def("stats", statistics)
       .def("layer_times", layer_times)
       .def("close", [](Engine& self) {
-        const Engine::Use use(self);
+        const nb::gil_scoped_release release;
+        const Turn turn(self.turns(), SignalCheck());
         self.close();
       });
 

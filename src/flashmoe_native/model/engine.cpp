@@ -44,13 +44,6 @@ std::vector<std::string> Engine::backends() {
 #endif
 }
 
-Engine::Use::Use(Engine& engine) : engine_(engine) {
-  if (engine_.in_use_.exchange(true, std::memory_order_acquire)) {
-    throw StateError(
-        "this model is in use by another thread; let it finish, or open a second Model");
-  }
-}
-
 Engine::Engine(ModelConfig config, CheckpointSpec spec, const Options& options,
                const Progress& progress)
     : config_(std::move(config)),
