@@ -91,7 +91,8 @@ class Engine:
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]:
         """Appends ids to state; float32 logits [vocab] of the last one, or [len(ids), vocab].
 
-        With routing, also int32 [len(ids), layers, top_k]: each token's experts, likeliest first.
+        With routing, also int32 [len(ids), layers, experts_per_token]: each token's experts, the
+        likeliest first.
 
         ids go through in chunks of `chunk`. After an exception (ReadError, CheckpointError,
         StateError, DeviceError, KeyboardInterrupt) state is as it was before the chunk that failed.
