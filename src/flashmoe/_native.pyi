@@ -44,7 +44,10 @@ class State:
     def restore(self, position: int, tensors: dict[str, npt.NDArray[Any]]) -> None: ...
 
 class Engine:
-    """A loaded model. One thread at a time uses it and its states; a second gets StateError.
+    """A loaded model. Threads that use it and its states take turns, in the order they asked.
+
+    A call waits for its turn without the GIL. From a signal handler that interrupts another call
+    of its thread it would wait for ever, and raises StateError instead.
 
     config holds ModelConfig's fields and `experts_per_token`, the number in force. progress is
     called with (bytes read, bytes in all) while weights are loaded. kernels is the directory of a
@@ -88,7 +91,8 @@ class Engine:
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]:
         """Appends ids to state; float32 logits [vocab] of the last one, or [len(ids), vocab].
 
-        With routing, also int32 [len(ids), layers, top_k]: each token's experts, likeliest first.
+        With routing, also int32 [len(ids), layers, experts_per_token]: each token's experts, the
+        likeliest first.
 
         ids go through in chunks of `chunk`. After an exception (ReadError, CheckpointError,
         StateError, DeviceError, KeyboardInterrupt) state is as it was before the chunk that failed.

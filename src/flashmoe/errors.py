@@ -26,4 +26,4 @@ class WriteError(FlashMoeError, OSError):
 
 
 class StateError(FlashMoeError, RuntimeError):
-    """A model or state is closed, full, or in use by another thread."""
+    """A model or state is closed, full, or in use."""

@@ -82,27 +82,29 @@ void add_experts(CheckpointSpec& spec, const Format& gate, const Format& up, con
 }
 
 ModelConfig to_config(const nb::dict& values) {
-  const auto number = [&](const char* key) { return nb::cast<int>(values[key]); };
   ModelConfig config;
-  config.hidden = number("hidden_size");
-  config.vocab = number("vocab_size");
+  const std::pair<const char*, int*> numbers[] = {
+      {"hidden_size", &config.hidden_size},
+      {"vocab_size", &config.vocab_size},
+      {"num_attention_heads", &config.num_attention_heads},
+      {"num_key_value_heads", &config.num_key_value_heads},
+      {"head_dim", &config.head_dim},
+      {"rotary_dim", &config.rotary_dim},
+      {"linear_num_key_heads", &config.linear_num_key_heads},
+      {"linear_num_value_heads", &config.linear_num_value_heads},
+      {"linear_key_head_dim", &config.linear_key_head_dim},
+      {"linear_value_head_dim", &config.linear_value_head_dim},
+      {"linear_conv_kernel_dim", &config.linear_conv_kernel_dim},
+      {"num_experts", &config.num_experts},
+      {"experts_per_token", &config.experts_per_token},
+  };
+  for (const auto& [key, number] : numbers) *number = nb::cast<int>(values[key]);
   for (nb::handle type : nb::cast<nb::sequence>(values["layer_types"])) {
     config.attention_layers.push_back(nb::cast<std::string>(type) == "full_attention");
   }
-  config.norm_eps = nb::cast<float>(values["rms_norm_eps"]);
-  config.heads = number("num_attention_heads");
-  config.kv_heads = number("num_key_value_heads");
-  config.head_dim = number("head_dim");
-  config.rotary_dim = number("rotary_dim");
+  config.rms_norm_eps = nb::cast<float>(values["rms_norm_eps"]);
   config.rope_theta = nb::cast<float>(values["rope_theta"]);
-  config.key_heads = number("linear_num_key_heads");
-  config.value_heads = number("linear_num_value_heads");
-  config.key_dim = number("linear_key_head_dim");
-  config.value_dim = number("linear_value_head_dim");
-  config.conv_kernel = number("linear_conv_kernel_dim");
-  config.experts = number("num_experts");
-  config.top_k = number("experts_per_token");
-  config.renormalise = nb::cast<bool>(values["norm_topk_prob"]);
+  config.norm_topk_prob = nb::cast<bool>(values["norm_topk_prob"]);
   return config;
 }
 
@@ -122,6 +124,12 @@ class SignalCheck {
   using Clock = std::chrono::steady_clock;
   Clock::time_point last_ = Clock::now();
 };
+
+// Waits without the GIL until this thread may use the engine and its states.
+Turn take_turn(Engine& engine) {
+  const nb::gil_scoped_release release;
+  return Turn(engine.turns(), SignalCheck());
+}
 
 struct PyState {
   Engine& engine;  // kept alive by the Python object
@@ -149,19 +157,19 @@ void visit_tensors(PyState& self, Visit&& visit) {
   for (int layer = 0; layer < config.layers(); ++layer) {
     const std::string prefix = "layers." + std::to_string(layer) + ".";
     if (config.attention_layers[layer]) {
-      const std::vector<size_t> shape{static_cast<size_t>(config.kv_heads),
+      const std::vector<size_t> shape{static_cast<size_t>(config.num_key_value_heads),
                                       static_cast<size_t>(state.position()),
                                       static_cast<size_t>(config.head_dim)};
       visit(prefix + "keys", layer, state.caches[layer].keys.get(), true, shape);
       visit(prefix + "values", layer, state.caches[layer].values.get(), true, shape);
     } else {
       visit(prefix + "conv", layer, state.deltas[layer].conv.get(), false,
-            std::vector<size_t>{static_cast<size_t>(config.conv_kernel - 1),
+            std::vector<size_t>{static_cast<size_t>(config.linear_conv_kernel_dim - 1),
                                 static_cast<size_t>(config.conv_channels())});
       visit(prefix + "recurrent", layer, state.deltas[layer].recurrent.get(), false,
-            std::vector<size_t>{static_cast<size_t>(config.value_heads),
-                                static_cast<size_t>(config.key_dim),
-                                static_cast<size_t>(config.value_dim)});
+            std::vector<size_t>{static_cast<size_t>(config.linear_num_value_heads),
+                                static_cast<size_t>(config.linear_key_head_dim),
+                                static_cast<size_t>(config.linear_value_head_dim)});
     }
   }
 }
@@ -178,7 +186,7 @@ std::byte* data_of(const nb::object& array) {
 }
 
 nb::dict export_state(PyState& self) {
-  const Engine::Use use(self.engine);
+  const Turn turn = take_turn(self.engine);
   const bool half = self.state.cache_dtype() == DType::BF16;
   nb::dict result;
   visit_tensors(self, [&](const std::string& name, int layer, std::byte* data, bool cache,
@@ -196,7 +204,7 @@ nb::dict export_state(PyState& self) {
 
 // A state of `position` tokens with what export_state() gave, into a fresh state.
 void restore_state(PyState& self, int64_t position, const nb::dict& tensors) {
-  const Engine::Use use(self.engine);
+  const Turn turn = take_turn(self.engine);
   require(self.state.position() == 0, "restore: the state is not a fresh one");
   require(position >= 0, "restore: position is negative");
   State filled = self.state.fork();
@@ -223,9 +231,10 @@ void restore_state(PyState& self, int64_t position, const nb::dict& tensors) {
   self.state = std::move(fresh.state);
 }
 
-// float32 logits, or with `routing` a tuple of them and int32 [len(ids), layers, top_k].
+// float32 logits, or with `routing` a tuple of them and int32 [len(ids), layers,
+// experts_per_token].
 nb::object forward(Engine& engine, PyState& state, const Ids& ids, bool all_logits, bool routing) {
-  const auto vocab = static_cast<size_t>(engine.config().vocab);
+  const auto vocab = static_cast<size_t>(engine.config().vocab_size);
   require(ids.shape(0) > 0, "forward: ids is empty");
   require(&state.engine == &engine, "forward: the state belongs to another model");
   for (size_t i = 0; i < ids.shape(0); ++i) {
@@ -240,20 +249,21 @@ nb::object forward(Engine& engine, PyState& state, const Ids& ids, bool all_logi
   nb::object experts;
   if (routing) {
     experts = new_array({ids.shape(0), static_cast<size_t>(engine.config().layers()),
-                         static_cast<size_t>(engine.config().top_k)},
+                         static_cast<size_t>(engine.config().experts_per_token)},
                         "int32");
     out.routing = reinterpret_cast<int32_t*>(data_of(experts));
   }
   const std::span<const int32_t> tokens(ids.data(), ids.shape(0));
   {
     nb::gil_scoped_release release;
-    const Engine::Use use(engine);
+    const Turn turn(engine.turns(), SignalCheck());
     engine.forward(state.state, tokens, out, SignalCheck());
   }
   return routing ? nb::make_tuple(logits, experts) : logits;
 }
 
-nb::dict statistics(const Engine& engine) {
+nb::dict statistics(Engine& engine) {
+  const Turn turn = take_turn(engine);
   const Engine::Statistics now = engine.statistics();
   nb::dict result;
   result["reads"] = now.experts.reads;
@@ -272,7 +282,8 @@ nb::dict statistics(const Engine& engine) {
   return result;
 }
 
-nb::list layer_times(const Engine& engine) {
+nb::list layer_times(Engine& engine) {
+  const Turn turn = take_turn(engine);
   nb::list result;
   for (const LayerTimes& times : engine.statistics().layers) {
     nb::dict layer;
@@ -337,7 +348,7 @@ void bind_engine(nb::module_& m) {
           "fork",
           [](PyState& self) {
             const nb::gil_scoped_release release;
-            const Engine::Use use(self.engine);
+            const Turn turn(self.engine.turns(), SignalCheck());
             return new PyState{self.engine, self.state.fork()};
           },
           nb::rv_policy::take_ownership, nb::keep_alive<0, 1>())
@@ -357,8 +368,9 @@ void bind_engine(nb::module_& m) {
             require(static_cast<size_t>(parsed.layers()) == checkpoint.experts.size(),
                     "Engine: experts of every layer are needed");
             for (const ExpertsSpec& experts : checkpoint.experts) {
-              require(static_cast<int>(experts.extents.size()) == parsed.experts * experts.parts(),
-                      "Engine: a layer has another number of experts than the config");
+              require(
+                  static_cast<int>(experts.extents.size()) == parsed.num_experts * experts.parts(),
+                  "Engine: a layer has another number of experts than the config");
             }
             nb::gil_scoped_release release;
             new (self) Engine(parsed, checkpoint, options, [&](int64_t done, int64_t total) {
@@ -374,7 +386,8 @@ void bind_engine(nb::module_& m) {
       .def(
           "new_state",
           [](Engine& self) {
-            const Engine::Use use(self);
+            const nb::gil_scoped_release release;
+            const Turn turn(self.turns(), SignalCheck());
             return new PyState{self, self.new_state()};
           },
           nb::rv_policy::take_ownership, nb::keep_alive<0, 1>())
@@ -382,7 +395,8 @@ void bind_engine(nb::module_& m) {
       .def("stats", statistics)
       .def("layer_times", layer_times)
       .def("close", [](Engine& self) {
-        const Engine::Use use(self);
+        const nb::gil_scoped_release release;
+        const Turn turn(self.turns(), SignalCheck());
         self.close();
       });
 

@@ -1,7 +1,6 @@
 // A loaded model: its files, its backend and what runs on it.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -12,6 +11,7 @@
 #include "backend/backend.h"
 #include "core/file.h"
 #include "core/io_queue.h"
+#include "core/turn.h"
 #include "experts/expert_store.h"
 #include "model/config.h"
 #include "model/forward.h"
@@ -48,17 +48,8 @@ class Engine {
   // Throws ReadError, CheckpointError and DeviceError.
   Engine(ModelConfig config, CheckpointSpec spec, const Options& options, const Progress& progress);
 
-  // One thread at a time uses an engine and its states: holds it, or throws StateError.
-  class Use {
-   public:
-    explicit Use(Engine& engine);
-    ~Use() { engine_.in_use_.store(false, std::memory_order_release); }
-    Use(const Use&) = delete;
-    Use& operator=(const Use&) = delete;
-
-   private:
-    Engine& engine_;
-  };
+  // One thread at a time uses an engine and its states: the caller of what follows has a Turn.
+  Turns& turns() { return turns_; }
 
   State new_state();
   // Appends ids to state, a chunk at a time; `out` is that of all ids. After an exception state is
@@ -79,7 +70,7 @@ class Engine {
   const ModelConfig config_;
   const CheckpointSpec spec_;
   const Options options_;
-  std::atomic<bool> in_use_ = false;
+  Turns turns_;
   int64_t tokens_ = 0;
   double forward_seconds_ = 0;
 

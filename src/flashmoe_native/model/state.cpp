@@ -13,12 +13,13 @@ Backend::Buffer none() {
 }
 
 size_t conv_bytes_of(const ModelConfig& config) {
-  return sizeof(float) * static_cast<size_t>(config.conv_kernel - 1) * config.conv_channels();
+  return sizeof(float) * static_cast<size_t>(config.linear_conv_kernel_dim - 1) *
+         config.conv_channels();
 }
 
 size_t recurrent_bytes_of(const ModelConfig& config) {
-  return sizeof(float) * static_cast<size_t>(config.value_heads) * config.key_dim *
-         config.value_dim;
+  return sizeof(float) * static_cast<size_t>(config.linear_num_value_heads) *
+         config.linear_key_head_dim * config.linear_value_head_dim;
 }
 
 }  // namespace
@@ -59,19 +60,19 @@ size_t State::row_bytes() const {
 int64_t State::bytes() const {
   int64_t total = 0;
   for (int layer = 0; layer < config_->layers(); ++layer) {
-    total +=
-        config_->attention_layers[layer]
-            ? static_cast<int64_t>(2 * row_bytes()) * config_->kv_heads * caches[layer].capacity
-            : static_cast<int64_t>(conv_bytes() + recurrent_bytes());
+    total += config_->attention_layers[layer]
+                 ? static_cast<int64_t>(2 * row_bytes()) * config_->num_key_value_heads *
+                       caches[layer].capacity
+                 : static_cast<int64_t>(conv_bytes() + recurrent_bytes());
   }
   return total;
 }
 
 KeyValueCache State::grown(const KeyValueCache& old, int64_t capacity) const {
   const size_t row = row_bytes(), held = row * position_;
-  const size_t bytes = row * config_->kv_heads * capacity;
+  const size_t bytes = row * config_->num_key_value_heads * capacity;
   KeyValueCache fresh{backend_->allocate(bytes), backend_->allocate(bytes), capacity};
-  for (int head = 0; held > 0 && head < config_->kv_heads; ++head) {
+  for (int head = 0; held > 0 && head < config_->num_key_value_heads; ++head) {
     const size_t to = row * head * capacity, from = row * head * old.capacity;
     std::memcpy(fresh.keys.get() + to, old.keys.get() + from, held);
     std::memcpy(fresh.values.get() + to, old.values.get() + from, held);
