@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -250,28 +249,6 @@ def test_two_calls_on_one_state_are_checked_again_when_the_second_begins(engine,
     with pytest.raises(flashmoe.StateError, match="8 before and a prompt of 6"):
         next(second)
     assert state.position == 8
-
-
-def test_threads_on_one_model_take_turns(model, engine) -> None:
-    inside = threading.Lock()
-
-    def alone() -> None:
-        assert inside.acquire(blocking=False), "two threads in one engine"
-        threading.Event().wait(0.001)
-        inside.release()
-
-    engine.before_forward = alone
-    answers: dict[int, list[int]] = {}
-
-    def work(i: int) -> None:
-        answers[i] = _ids(model.generate([i], max_tokens=8, temperature=0))
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert answers == {i: _ids(model.generate([i], max_tokens=8, temperature=0)) for i in range(4)}
 
 
 def test_logits_are_the_predictions_after_each_id(model) -> None:

@@ -128,7 +128,6 @@ class Model:
         )
         self._engine = open_engine(checkpoint, self.setting, progress)
         self._native = self._engine.native
-        self._turn = self._engine.turn
         self.backend = self._native.backend
         self._totals: Mapping[str, float] = self._native.stats()
         self._meter = Meter(self._totals)
@@ -158,7 +157,7 @@ class Model:
 
     def close(self) -> None:
         """Frees memory and files; using the model afterwards raises StateError."""
-        with self._turn, contextlib.suppress(StateError):  # closed before
+        with contextlib.suppress(StateError):  # closed before
             self._totals = self._native.stats()
             self._native.close()
 
@@ -200,7 +199,7 @@ class Model:
         """What the latest `generate()` or `logits()` took, to date if it is not over."""
         from flashmoe import _native  # noqa: PLC0415
 
-        with self._turn, contextlib.suppress(StateError):  # closed: what it was then
+        with contextlib.suppress(StateError):  # closed: what it was then
             self._totals = self._native.stats()
         kernels = _native.cpu_kernels() if self.backend == "cpu" else self.backend
         return self._meter.stats(self._totals, self.setting, kernels)
@@ -211,8 +210,7 @@ class Model:
         The parts are "mixer" (norm and GatedDeltaNet or attention), "router" (norm, router, top-k),
         "wait" (for experts from disk), "experts" (the shared one too) and "combine" (their sum).
         """
-        with self._turn:
-            return self._native.layer_times()
+        return self._native.layer_times()
 
     def generate(
         self,
@@ -366,20 +364,18 @@ class Model:
         self._check_own(state)
         with state._held():
             self._check_room(state, ids)
-            with self._turn:
-                self._meter = meter = Meter(self._native.stats())
-                state._tokens += ids
-                todo = state._tokens[state._native.position :]
-                start = time.perf_counter()
-                out = compute(state._native, np.array(todo, np.int32))
-                meter.prompt_tokens = len(todo)
-                meter.prefill_seconds = time.perf_counter() - start
+            self._meter = meter = Meter(self._native.stats())
+            state._tokens += ids
+            todo = state._tokens[state._native.position :]
+            start = time.perf_counter()
+            out = compute(state._native, np.array(todo, np.int32))
+            meter.prompt_tokens = len(todo)
+            meter.prefill_seconds = time.perf_counter() - start
         return out[len(todo) - len(ids) :]
 
     def new_state(self) -> State:
         """A state that holds no token yet."""
-        with self._turn:
-            return State(self._engine, self._native.new_state(), [])
+        return State(self._engine, self._native.new_state(), [])
 
     def _steps(
         self,
@@ -392,8 +388,7 @@ class Model:
         progress: Progress | None,
     ) -> Generator[Token, None, None]:
         with state._held():
-            with self._turn:
-                self._meter = meter = Meter(self._native.stats())
+            self._meter = meter = Meter(self._native.stats())
             self._check_room(state, ids)  # once more: the state may have gone on since the call
             state._tokens += ids
             logits = self._prefill(state, meter, progress)
@@ -443,8 +438,7 @@ class Model:
         return logits
 
     def _forward(self, state: State, ids: list[int]) -> npt.NDArray[np.float32]:
-        with self._turn:
-            return self._native.forward(state._native, np.array(ids, np.int32))
+        return self._native.forward(state._native, np.array(ids, np.int32))
 
     def _check_own(self, state: State) -> None:
         if not isinstance(state, State):
