@@ -238,7 +238,6 @@ def test_pack_takes_its_options_and_says_what_it_wrote(monkeypatch, tmp_path) ->
     }
 
 
-@pytest.mark.reference
 def test_a_pack_runs_and_a_wrong_option_is_refused(checkpoint, tmp_path) -> None:
     source, destination = str(checkpoint("bf16")), str(tmp_path / "packed")
     assert _run("pack", source, destination, "--bits", "3").exit_code == 2
@@ -278,7 +277,6 @@ def _start(*arguments: str) -> subprocess.Popen[bytes]:
     )
 
 
-@pytest.mark.reference
 def test_ctrl_c_stops_the_real_program_at_once(endless: Path) -> None:
     process = _start("generate", str(endless), "the fox", "--temperature", "1", "--seed", "1")
     assert process.stdout.read(20)
@@ -291,7 +289,6 @@ def test_ctrl_c_stops_the_real_program_at_once(endless: Path) -> None:
     assert b"Traceback" not in errors
 
 
-@pytest.mark.reference
 def test_output_into_a_closed_pipe_ends_quietly(endless: Path) -> None:
     process = _start("generate", str(endless), "the fox", "--temperature", "1", "--seed", "1")
     assert process.stdout.read(20)
@@ -303,7 +300,6 @@ def test_output_into_a_closed_pipe_ends_quietly(endless: Path) -> None:
     assert b"BrokenPipe" not in errors
 
 
-@pytest.mark.reference
 def test_the_real_program_repeats_itself_with_a_seed(endless: Path) -> None:
     outputs = []
     for threads in ("1", "2"):

@@ -10,7 +10,6 @@ from engines import random_ids
 
 import flashmoe
 
-pytestmark = pytest.mark.reference
 PROMPT = random_ids(320, 40).tolist()
 
 

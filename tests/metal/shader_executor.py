@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "tests" / "metal" / "executor"
 SHADERS = ROOT / "metal"
 BUFFERS, CONSTANTS = 31, 16

@@ -51,7 +51,7 @@ TOLERANCE = 1e-5  # of the reference's own scale
 
 @pytest.fixture(scope="session")
 def executor(tmp_path_factory: pytest.TempPathFactory) -> Executor:
-    # benchmarks/metal_on_cuda runs this file on a GPU, test_metal_coverage.py with a library that
+    # benchmarks/metal_on_cuda runs this file on a GPU, test_coverage.py with a library that
     # counts lines.
     if os.environ.get("FLASHMOE_SHADERS_ON") == "cuda":
         sys.path.insert(0, str(ROOT / "benchmarks" / "metal_on_cuda"))

@@ -219,7 +219,6 @@ def test_errors_of_the_compiler_and_of_absent_kernels(simulator: Simulator, tmp_
     assert "cannot compile the kernels: program_source: #error half a kernel" in answer
 
 
-@pytest.mark.reference
 def test_shapes_without_a_kernel_are_named(simulator: Simulator, checkpoint: GetCheckpoint) -> None:
     answer = simulator.python(TRY, str(checkpoint("heads-of-48")))
     assert 'no kernel for attention heads of 48; use backend="cpu"' in answer

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import test_metal_kernels as kernels
+import test_kernels as kernels
 from shader_executor import SHADERS, DispatchError, Executor, build, compiler
 
 BF16, F16, F32 = kernels.BF16, kernels.F16, kernels.F32
@@ -286,7 +286,7 @@ TYPED = [
 @pytest.mark.parametrize("mutant", TYPED, ids=lambda m: m.fault.replace(" ", "-"))
 def test_the_type_check_rejects(mutant: Mutant, tmp_path: Path) -> None:
     pytest.importorskip("clang.cindex", reason="needs libclang")
-    from test_metal_types import FILES, MODES, problems  # noqa: PLC0415
+    from test_types import FILES, MODES, problems  # noqa: PLC0415
 
     shaders = mutant.plant(tmp_path)
     assert any(problems(shaders / name, mode) for name in FILES for mode in MODES)
@@ -294,9 +294,9 @@ def test_the_type_check_rejects(mutant: Mutant, tmp_path: Path) -> None:
 
 def test_the_type_check_rejects_two_arguments_at_one_index(tmp_path: Path) -> None:
     pytest.importorskip("clang.cindex", reason="needs libclang")
-    import test_metal_types  # noqa: PLC0415
+    import test_types  # noqa: PLC0415
 
     mutant = next(m for m in EXECUTED if m.fault == "two buffers exchanged")
     shaders = mutant.plant(tmp_path)
     with pytest.raises(AssertionError, match="combine"):
-        test_metal_types.check_indices(shaders)
+        test_types.check_indices(shaders)

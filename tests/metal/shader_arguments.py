@@ -7,7 +7,7 @@ import ctypes
 import re
 from pathlib import Path
 
-_HEADER = Path(__file__).parent.parent / "metal" / "arguments.h"
+_HEADER = Path(__file__).parents[2] / "metal" / "arguments.h"
 _SCALARS = {
     "uint32_t": ctypes.c_uint32,
     "uint64_t": ctypes.c_uint64,
