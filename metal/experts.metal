@@ -92,10 +92,10 @@ kernel void experts_gate_up(device const float* x [[buffer(kExpertX)]],
   multiply_rows({first_format(), find(sources, expert.gate), first, 2, rows},
                 {second_format(), find(sources, expert.up), first, 2, rows}, columns,
                 x + ulong(pair_tokens[pair]) * columns, thread_index, lane, staged, sums, total);
-  for (uint quad = 0; quad < quads_constant; ++quad) {
-    const float gate = sum_four(total + 4 * quad, lane);
+  for (uint q = 0; q < quads_constant; ++q) {
+    const float gate = sum_four(total + 4 * q, lane);
     const float up = simd_shuffle_xor(gate, 16);
-    const uint row = first + 2 * quad + lane / 8;
+    const uint row = first + 2 * q + lane / 8;
     if (lane % 8 != 0 || lane >= 16 || row >= rows) continue;
     activations[ulong(pair) * args.stride + row] = silu(gate) * up;
   }
@@ -121,9 +121,9 @@ kernel void experts_down(constant ExpertArguments& args [[buffer(kExpertArgument
                 staged, sums, total);
   device float* out =
       (device float*)find(sources, expert.out) + ulong(pair_rows[pair]) * args.hidden;
-  for (uint quad = 0; quad < quads_constant; ++quad) {
-    const float sum = sum_four(total + 4 * quad, lane);
-    const uint row = first + 4 * quad + lane / 8;
+  for (uint q = 0; q < quads_constant; ++q) {
+    const float sum = sum_four(total + 4 * q, lane);
+    const uint row = first + 4 * q + lane / 8;
     if (lane % 8 == 0 && row < args.hidden) out[row] = sum;
   }
 }
@@ -174,7 +174,7 @@ kernel void experts_gate_up_tiles(device const float* x [[buffer(kExpertX)]],
       const uint row = first_row + thread_index % 16 * 4 + i;
       if (row >= rows) continue;
       activations[ulong(tile.first + token) * args.stride + row] =
-          silu(component(gate[t], i)) * component(up[t], i);
+          silu(pick(gate[t], i)) * pick(up[t], i);
     }
   }
 }
@@ -202,7 +202,7 @@ kernel void experts_down_tiles(constant ExpertArguments& args [[buffer(kExpertAr
     const ulong out_row = ulong(pair_rows[tile.first + token]) * args.hidden;
     for (uint i = 0; i < 4; ++i) {
       const uint row = first_row + thread_index % 16 * 4 + i;
-      if (row < args.hidden) out[out_row + row] = component(total[t], i);
+      if (row < args.hidden) out[out_row + row] = pick(total[t], i);
     }
   }
 }

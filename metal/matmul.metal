@@ -22,7 +22,7 @@ kernel void matmul(device const float* x [[buffer(kProductX)]],
     for (uint i = 0; i < 4; ++i) {
       const uint row = first_row + thread_index % 16 * 4 + i;
       if (row >= product.rows) continue;
-      const float sum = component(total[t], i);
+      const float sum = pick(total[t], i);
       out[row] = product.add ? out[row] + sum : sum;
     }
   }

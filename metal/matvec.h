@@ -117,15 +117,15 @@ inline float dot_dense(uint dtype, device const uchar* w, uint block, thread con
 }
 
 // Two rows of a weight to each quad: `first` and the one behind it to the first, then `step` on.
-struct Rows {
+struct RowPairs {
   Format format;
   Stored w;
   uint first, step;
   uint end;  // rows from here on are taken for the last; nobody asks for their sums
 };
 
-inline uint row_of(Rows rows, uint quad, uint r) {
-  return min(rows.first + quad * rows.step + r, rows.end - 1);
+inline uint row_of(RowPairs rows, uint q, uint r) {
+  return min(rows.first + q * rows.step + r, rows.end - 1);
 }
 
 // What a row of a quantised weight holds for a lane's 32 columns, as stored.
@@ -183,11 +183,11 @@ struct Quad {
   Fetched rows[4];
 };
 
-inline Quad fetch_quad(Rows a, Rows b, uint quad, uint row_blocks, uint block) {
+inline Quad fetch_quad(RowPairs a, RowPairs b, uint q, uint row_blocks, uint block) {
   Quad out;
   for (uint i = 0; i < 4; ++i) {
-    const Rows rows = i < 2 ? a : b;
-    out.rows[i] = fetch(rows.format, rows.w, row_of(rows, quad, i % 2) * row_blocks + block);
+    const RowPairs rows = i < 2 ? a : b;
+    out.rows[i] = fetch(rows.format, rows.w, row_of(rows, q, i % 2) * row_blocks + block);
   }
   return out;
 }
@@ -195,13 +195,13 @@ inline Quad fetch_quad(Rows a, Rows b, uint quad, uint row_blocks, uint block) {
 // total[4 i ...] = a lane's part of the two rows of `a` and the two of `b` in quad i, times x.
 // Every thread of the threadgroup must call it. The first quad is asked for before the inputs are
 // there.
-inline void multiply_rows(Rows a, Rows b, uint columns, device const float* x, uint thread_index,
-                          uint lane, threadgroup float4* staged, threadgroup float* sums,
-                          thread float* total) {
+inline void multiply_rows(RowPairs a, RowPairs b, uint columns, device const float* x,
+                          uint thread_index, uint lane, threadgroup float4* staged,
+                          threadgroup float* sums, thread float* total) {
   for (uint i = 0; i < 4 * kMaxQuads; ++i) total[i] = 0;
   if (columns % kMatvecLaneColumns != 0) {  // a dense weight
     for (uint i = 0; i < 4 * quads_constant; ++i) {
-      const Rows rows = i % 4 < 2 ? a : b;
+      const RowPairs rows = i % 4 < 2 ? a : b;
       const uint row = row_of(rows, i / 4, i % 2);
       for (uint column = lane; column < columns; column += kSimdWidth) {
         total[i] = fma(weight_at(rows.format, rows.w, row, columns, column), x[column], total[i]);
@@ -213,8 +213,8 @@ inline void multiply_rows(Rows a, Rows b, uint columns, device const float* x, u
   const uint magic = a.end == 0 ? 0 : kTwoTo23;
   const uint row_blocks = columns / kMatvecLaneColumns;
   uint block = lane;
-  Quad quad;
-  if (block < row_blocks) quad = fetch_quad(a, b, 0, row_blocks, block);
+  Quad fetched;
+  if (block < row_blocks) fetched = fetch_quad(a, b, 0, row_blocks, block);
   for (uint begin = 0; begin < columns; begin += kMatvecColumns) {
     if (begin > 0) threadgroup_barrier(mem_flags::mem_threadgroup);
     stage(x + begin, min(columns - begin, uint(kMatvecColumns)), thread_index, staged, sums);
@@ -224,13 +224,13 @@ inline void multiply_rows(Rows a, Rows b, uint columns, device const float* x, u
 #pragma unroll
       for (uint q = 0; q < quads_constant; ++q) {
         for (uint i = 0; i < 4; ++i) {
-          const Rows rows = i < 2 ? a : b;
+          const RowPairs rows = i < 2 ? a : b;
           const uint at = row_of(rows, q, i % 2) * row_blocks + block;
-          total[4 * q + i] += dot_row(rows.format, rows.w, at, in, quad.rows[i], magic);
+          total[4 * q + i] += dot_row(rows.format, rows.w, at, in, fetched.rows[i], magic);
         }
         const bool last = q + 1 == quads_constant;
         if (last) block += kSimdWidth;
-        if (block < row_blocks) quad = fetch_quad(a, b, last ? 0 : q + 1, row_blocks, block);
+        if (block < row_blocks) fetched = fetch_quad(a, b, last ? 0 : q + 1, row_blocks, block);
       }
     }
   }

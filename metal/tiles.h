@@ -70,6 +70,6 @@ inline void multiply_tile(Format format, Stored w, uint row, uint rows, uint col
   }
 }
 
-inline float component(float4 v, uint i) {
+inline float pick(float4 v, uint i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
