@@ -44,7 +44,8 @@ def compile_for_macos(
     return result.stderr if result.returncode else ""
 
 
-SOURCES = [*sorted(HOST.glob("*.mm")), ROOT / "src/flashmoe_native/core/io_queue_gcd.cpp"]
+CORE = ROOT / "src" / "flashmoe_native" / "core"
+SOURCES = [*sorted(HOST.glob("*.mm")), CORE / "io_queue_gcd.cpp", CORE / "file.cpp"]
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
