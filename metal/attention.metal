@@ -60,7 +60,7 @@ kernel void attention_append(constant AttentionArguments& args [[buffer(kAttenti
 }
 
 // Four consecutive elements of a cache, `index` counting fours.
-inline float4 cached(device const uchar* cache, ulong index) {
+INLINE float4 cached(device const uchar* cache, ulong index) {
   if (cache_dtype_constant == kF32) return ((device const float4*)cache)[index];
   const uint2 words = ((device const uint2*)cache)[index];
   return float4(as_type<float>(words.x << 16), as_type<float>(words.x & 0xffff0000u),
@@ -68,7 +68,7 @@ inline float4 cached(device const uchar* cache, ulong index) {
 }
 
 // The softmax's sum is divided out and the gate applied to four elements of the output.
-inline float4 gated(float4 weighted, float sum, float4 gate) {
+INLINE float4 gated(float4 weighted, float sum, float4 gate) {
   return weighted * (1.0f / sum) *
          float4(sigmoid(gate.x), sigmoid(gate.y), sigmoid(gate.z), sigmoid(gate.w));
 }
@@ -114,9 +114,11 @@ kernel void attention_split(constant AttentionArguments& args [[buffer(kAttentio
 
   float4 weighted[kRows][kLaneVectors];
   float top[kRows], sum[kRows];
+#pragma unroll
   for (uint r = 0; r < kRows; ++r) {
     top[r] = -INFINITY;
     sum[r] = 0;
+#pragma unroll
     for (uint j = 0; j < kLaneVectors; ++j) weighted[r][j] = float4(0.0f);
   }
 
@@ -127,6 +129,7 @@ kernel void attention_split(constant AttentionArguments& args [[buffer(kAttentio
     const ulong first_at = cache + ulong(min(first, end - 1)) * vectors;
     const ulong second_at = cache + ulong(min(second, end - 1)) * vectors;
     float4 key[kVectors / 8], other[kVectors / 8];
+#pragma unroll
     for (uint j = 0; j < kVectors / 8; ++j) {
       const bool there = 8 * j + part < vectors;
       key[j] = there ? cached(key_cache, first_at + 8 * j + part) : float4(0.0f);
@@ -134,6 +137,7 @@ kernel void attention_split(constant AttentionArguments& args [[buffer(kAttentio
     }
     for (uint r = 0; r < kSplitRows; ++r) {
       float score = 0, other_score = 0;
+#pragma unroll
       for (uint j = 0; j < kVectors / 8; ++j) {
         if (8 * j + part >= vectors) continue;
         const float4 query = tile[r][8 * j + part];
@@ -151,6 +155,7 @@ kernel void attention_split(constant AttentionArguments& args [[buffer(kAttentio
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
+#pragma unroll
     for (uint r = 0; r < kRows; ++r) {
       threadgroup float& score = scores[simdgroup * kRows + r][lane];
       const float highest = max(top[r], simd_max(score));
@@ -160,22 +165,27 @@ kernel void attention_split(constant AttentionArguments& args [[buffer(kAttentio
       score = p;
       top[r] = highest;
       sum[r] = fma(sum[r], keep, simd_sum(p));
+#pragma unroll
       for (uint j = 0; j < kLaneVectors; ++j) weighted[r][j] = weighted[r][j] * keep;
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
 
     // Keys past the end weigh 0, and the last one's value stands for theirs.
     for (uint index = 0; index < kSplitKeys; index += kValues) {
+#pragma unroll
       for (uint j = 0; j < kLaneVectors; ++j) {
         const uint vector = lane + j * kSimdWidth;
         if (vector >= vectors) continue;
         float4 value[kValues];
+#pragma unroll
         for (uint i = 0; i < kValues; ++i) {
           const uint position = min(first_key + index + i, end - 1);
           value[i] = cached(value_cache, cache + ulong(position) * vectors + vector);
         }
+#pragma unroll
         for (uint r = 0; r < kRows; ++r) {
           threadgroup const float* p = scores[simdgroup * kRows + r] + index;
+#pragma unroll
           for (uint i = 0; i < kValues; ++i) {
             weighted[r][j] = fma(float4(p[i]), value[i], weighted[r][j]);
           }
@@ -185,6 +195,7 @@ kernel void attention_split(constant AttentionArguments& args [[buffer(kAttentio
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
 
+#pragma unroll
   for (uint r = 0; r < kRows; ++r) {
     const uint row = first_row + simdgroup * kRows + r;
     if (row >= all_rows) continue;
@@ -195,6 +206,7 @@ kernel void attention_split(constant AttentionArguments& args [[buffer(kAttentio
       totals[2 * slot] = top[r];
       totals[2 * slot + 1] = sum[r];
     }
+#pragma unroll
     for (uint j = 0; j < kLaneVectors; ++j) {
       const uint vector = lane + j * kSimdWidth;
       if (vector >= vectors) continue;

@@ -30,7 +30,7 @@ struct Sources {
   {source0, source1, source2,  source3,  source4,  source5,  source6,  source7, \
    source8, source9, source10, source11, source12, source13, source14, source15}
 
-inline device uchar* source(thread const Sources& sources, Location location) {
+INLINE device uchar* source(thread const Sources& sources, Location location) {
   // Selected, not indexed, which would need the pointers in memory.
   const uint wanted = uint(location >> 56);
   device uchar* base = sources.at[0];
@@ -42,12 +42,12 @@ inline device uchar* source(thread const Sources& sources, Location location) {
   return base;
 }
 
-inline device uchar* find(thread const Sources& sources, Location location) {
+INLINE device uchar* find(thread const Sources& sources, Location location) {
   return source(sources, location) + (location & 0xfffffffffffffful);
 }
 
 // Most often the three lie in one buffer.
-inline Stored find(thread const Sources& sources, constant StoredMatrix& matrix) {
+INLINE Stored find(thread const Sources& sources, constant StoredMatrix& matrix) {
   device uchar* base = source(sources, matrix.weight);
   const bool together =
       matrix.weight >> 56 == matrix.scales >> 56 && matrix.weight >> 56 == matrix.biases >> 56;
@@ -62,11 +62,11 @@ inline Stored find(thread const Sources& sources, constant StoredMatrix& matrix)
           biases + (matrix.biases & 0xfffffffffffffful)};
 }
 
-inline uint end_of(constant ExpertArguments& args, uint expert) {
+INLINE uint end_of(constant ExpertArguments& args, uint expert) {
   return expert + 1 < args.count ? args.experts[expert + 1].first_pair : args.pairs;
 }
 
-inline uint expert_of(constant ExpertArguments& args, uint pair) {
+INLINE uint expert_of(constant ExpertArguments& args, uint pair) {
   uint expert = 0;
   while (pair >= end_of(args, expert)) ++expert;
   return expert;
@@ -92,10 +92,12 @@ kernel void experts_gate_up(device const float* x [[buffer(kExpertX)]],
   multiply_rows({first_format(), find(sources, expert.gate), first, 2, rows},
                 {second_format(), find(sources, expert.up), first, 2, rows}, columns,
                 x + ulong(pair_tokens[pair]) * columns, thread_index, lane, staged, sums, total);
-  for (uint quad = 0; quad < quads_constant; ++quad) {
-    const float gate = sum_four(total + 4 * quad, lane);
+#pragma unroll
+  for (uint q = 0; q < kMaxQuads; ++q) {
+    if (q >= quads_constant) continue;
+    const float gate = sum_four(total + 4 * q, lane);
     const float up = simd_shuffle_xor(gate, 16);
-    const uint row = first + 2 * quad + lane / 8;
+    const uint row = first + 2 * q + lane / 8;
     if (lane % 8 != 0 || lane >= 16 || row >= rows) continue;
     activations[ulong(pair) * args.stride + row] = silu(gate) * up;
   }
@@ -121,9 +123,11 @@ kernel void experts_down(constant ExpertArguments& args [[buffer(kExpertArgument
                 staged, sums, total);
   device float* out =
       (device float*)find(sources, expert.out) + ulong(pair_rows[pair]) * args.hidden;
-  for (uint quad = 0; quad < quads_constant; ++quad) {
-    const float sum = sum_four(total + 4 * quad, lane);
-    const uint row = first + 4 * quad + lane / 8;
+#pragma unroll
+  for (uint q = 0; q < kMaxQuads; ++q) {
+    if (q >= quads_constant) continue;
+    const float sum = sum_four(total + 4 * q, lane);
+    const uint row = first + 4 * q + lane / 8;
     if (lane % 8 == 0 && row < args.hidden) out[row] = sum;
   }
 }
@@ -134,7 +138,7 @@ struct PairTile {
   uint first, count;
 };
 
-inline PairTile find_tile(constant ExpertArguments& args, uint tile) {
+INLINE PairTile find_tile(constant ExpertArguments& args, uint tile) {
   uint expert = 0;
   while (true) {
     const uint first = args.experts[expert].first_pair, pairs = end_of(args, expert) - first;
@@ -167,14 +171,16 @@ kernel void experts_gate_up_tiles(device const float* x [[buffer(kExpertX)]],
                 thread_index, (threadgroup float*)weights, (threadgroup float*)xs, gate);
   multiply_tile(second_format(), find(sources, expert.up), first_row, rows, args.hidden, inputs,
                 thread_index, (threadgroup float*)weights, (threadgroup float*)xs, up);
+#pragma unroll
   for (uint t = 0; t < 4; ++t) {
     const uint token = thread_index / 16 * 4 + t;
     if (token >= tile.count) continue;
+#pragma unroll
     for (uint i = 0; i < 4; ++i) {
       const uint row = first_row + thread_index % 16 * 4 + i;
       if (row >= rows) continue;
       activations[ulong(tile.first + token) * args.stride + row] =
-          silu(component(gate[t], i)) * component(up[t], i);
+          silu(pick(gate[t], i)) * pick(up[t], i);
     }
   }
 }
@@ -196,13 +202,15 @@ kernel void experts_down_tiles(constant ExpertArguments& args [[buffer(kExpertAr
                 expert.intermediate, inputs, thread_index, (threadgroup float*)weights,
                 (threadgroup float*)xs, total);
   device float* out = (device float*)find(sources, expert.out);
+#pragma unroll
   for (uint t = 0; t < 4; ++t) {
     const uint token = thread_index / 16 * 4 + t;
     if (token >= tile.count) continue;
     const ulong out_row = ulong(pair_rows[tile.first + token]) * args.hidden;
+#pragma unroll
     for (uint i = 0; i < 4; ++i) {
       const uint row = first_row + thread_index % 16 * 4 + i;
-      if (row < args.hidden) out[out_row + row] = component(total[t], i);
+      if (row < args.hidden) out[out_row + row] = pick(total[t], i);
     }
   }
 }

@@ -15,14 +15,16 @@ kernel void matmul(device const float* x [[buffer(kProductX)]],
   float4 total[4];
   multiply_tile(first_format(), product.w, first_row, product.rows, args.columns, inputs,
                 thread_index, (threadgroup float*)weights, (threadgroup float*)xs, total);
+#pragma unroll
   for (uint t = 0; t < 4; ++t) {
     const uint token = thread_index / 16 * 4 + t;
     if (token >= tokens) continue;
     device float* out = product.out + ulong(first_token + token) * product.rows;
+#pragma unroll
     for (uint i = 0; i < 4; ++i) {
       const uint row = first_row + thread_index % 16 * 4 + i;
       if (row >= product.rows) continue;
-      const float sum = component(total[t], i);
+      const float sum = pick(total[t], i);
       out[row] = product.add ? out[row] + sum : sum;
     }
   }

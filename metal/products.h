@@ -11,7 +11,7 @@ struct Product {
   bool add;
 };
 
-inline Product select_product(constant ProductArguments& args, uint block, Stored w0, Stored w1,
+INLINE Product select_product(constant ProductArguments& args, uint block, Stored w0, Stored w1,
                               Stored w2, Stored w3, device float* out0, device float* out1,
                               device float* out2, device float* out3) {
   uint p = 0;

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -328,3 +329,25 @@ def test_rates_are_measured(tmp_path: Path) -> None:
     rate = probe.disk_rate([path], 64 << 10, seconds=0.05)
     assert rate is None or rate > 0  # None where the file system has no direct reads
     assert probe.disk_rate([path], 1 << 20) is None
+
+
+def test_reads_past_macos_page_cache_are_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "weights"
+    file.write_bytes(bytes(1 << 20))
+    asked: list[tuple[int, int]] = []
+    control = types.SimpleNamespace(F_NOCACHE=48, fcntl=lambda fd, *what: asked.append(what))
+    monkeypatch.setitem(sys.modules, "fcntl", control)
+    monkeypatch.setattr(probe.sys, "platform", "darwin")
+    monkeypatch.delattr(probe.os, "O_DIRECT", raising=False)
+    rate = probe.disk_rate([file], 1 << 16, seconds=0.01)
+    assert rate is not None
+    assert rate > 0
+    assert set(asked) == {(48, 1)}
+
+
+def test_no_rate_where_nothing_can_be_read_past_the_cache(tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.write_bytes(bytes(1 << 16))
+    assert probe.disk_rate([small], 1 << 16) is None

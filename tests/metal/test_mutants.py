@@ -89,8 +89,8 @@ EXECUTED = [
     Mutant(
         "a tile filled while others still read the last",
         "tiles.h",
-        f"    {_BARRIER}\n    for (uint i",
-        "    for (uint i",
+        f"    {_BARRIER}\n#pragma unroll\n    for (uint i",
+        "#pragma unroll\n    for (uint i",
         _matmul,
     ),
     Mutant(
@@ -110,15 +110,15 @@ EXECUTED = [
     Mutant(
         "no barrier between scores and softmax",
         "attention.metal",
-        f"    {_BARRIER}\n\n    for (uint r",
-        "\n    for (uint r",
+        f"    {_BARRIER}\n\n#pragma unroll\n    for (uint r",
+        "\n#pragma unroll\n    for (uint r",
         _attention,
     ),
     Mutant(
         "scores of the next keys while others still use the last",
         "attention.metal",
-        f"    {_BARRIER}\n  }}\n\n  for (uint r",
-        "  }\n\n  for (uint r",
+        f"    {_BARRIER}\n  }}\n\n#pragma unroll\n  for (uint r",
+        "  }\n\n#pragma unroll\n  for (uint r",
         lambda run: kernels.test_attention(run, F32, (5, 8, 1, 64, 16, 130), 1024),
     ),
     Mutant(
@@ -276,7 +276,7 @@ TYPED = [
         "device const float* out [[buffer(kNormOut)]]",
     ),
     _typed(
-        "a double", "common.h", "inline float sigmoid(float x)", "inline double sigmoid(float x)"
+        "a double", "common.h", "INLINE float sigmoid(float x)", "INLINE double sigmoid(float x)"
     ),
     _typed("a name that is not Metal's", "delta.metal", "log(u)", "log1p(u)"),
     _typed("a field that does not exist", "route.metal", "args.top_k;", "args.topk;"),

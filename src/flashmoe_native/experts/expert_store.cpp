@@ -45,12 +45,12 @@ Matrix matrix_at(const Format& format, const std::byte* slot, const int64_t*& pa
           format.group, parts[0],    parts[1],     parts[2]};
 }
 
-// Whether every part may be read past the page cache and used where it then lies.
+// Whether every file with experts may be read past the page cache.
 bool can_read_direct(const std::vector<std::unique_ptr<File>>& files,
-                     const std::vector<ExpertsSpec>& layers, int64_t alignment) {
+                     const std::vector<ExpertsSpec>& layers) {
   for (const ExpertsSpec& spec : layers) {
     for (const Extent& extent : spec.extents) {
-      if (extent.offset % alignment != 0 || !files[extent.file]->open_direct()) return false;
+      if (!files[extent.file]->open_direct()) return false;
     }
   }
   return true;
@@ -65,7 +65,7 @@ ExpertStore::ExpertStore(Backend& backend, IoQueue& io,
       files_(files),
       layers_(layers),
       alignment_(backend.weight_alignment()),
-      direct_(options.direct && can_read_direct(files, layers, alignment_)),
+      direct_(options.direct && can_read_direct(files, layers)),
       slab_(nullptr, [](std::byte*) {}) {
   int64_t largest = 0, total = 0;
   for (const ExpertsSpec& spec : layers_) {
@@ -124,20 +124,23 @@ void ExpertStore::forget(int slot) {
 ExpertStore::Layout ExpertStore::layout(const ExpertsSpec& spec, int expert) const {
   Layout result;
   const Extent* extent = &spec.extents[static_cast<size_t>(expert) * spec.parts()];
-  // A direct read begins and ends at whole units, in the file and in the slot.
-  const int64_t unit = direct_ ? File::kDirectUnit : 1;
   for (int part = 0; part < spec.parts(); ++part, ++extent) {
+    // A direct read begins and ends at whole units, in the file and in the slot, where a part then
+    // lies as aligned as in the file. If that is not enough for kernels, the page cache reads it.
+    const bool direct = direct_ && (File::kDirectUnit == 1 || extent->offset % alignment_ == 0);
+    const int64_t unit = direct ? File::kDirectUnit : 1;
     const int64_t begin = round_down(extent->offset, unit);
     const int64_t end = extent->offset + extent->length;
     Piece* last = result.pieces.empty() ? nullptr : &result.pieces.back();
     // Neighbours in the file are one read, where the next part then lies as it should.
     const int64_t gap = last ? begin - (last->offset + last->length) : -1;
-    if (last && last->file == extent->file && extent->offset >= last->offset && gap <= kMaxGap &&
+    if (last && last->file == extent->file && last->direct == direct &&
+        extent->offset >= last->offset && gap <= kMaxGap &&
         (extent->offset - last->offset + last->slot_offset) % alignment_ == 0) {
       last->length = std::max(last->length, end - last->offset);
     } else {
       const int64_t slot_offset = round_up(result.bytes, std::max(unit, alignment_));
-      result.pieces.push_back({extent->file, begin, end - begin, slot_offset});
+      result.pieces.push_back({extent->file, begin, end - begin, slot_offset, direct});
       last = &result.pieces.back();
     }
     result.parts[part] = last->slot_offset + extent->offset - last->offset;
@@ -247,10 +250,13 @@ void ExpertStore::read(int slot, const Piece& piece) {
   const auto start = Clock::now();
   try {
     std::byte* const to = memory(slot) + piece.slot_offset;
-    if (direct_) {
-      files_[piece.file]->read_direct(piece.offset, piece.length, to);
+    const File& file = *files_[piece.file];
+    if (piece.direct) {
+      file.read_direct(piece.offset, piece.length, to);
     } else {
-      cached = files_[piece.file]->read(piece.offset, piece.length, to);
+      cached = file.read(piece.offset, piece.length, to);
+      // What a slot keeps is not kept twice.
+      if (direct_) file.forget(piece.offset, piece.length);
     }
   } catch (const ReadError& caught) {
     error = caught.what();

@@ -105,6 +105,7 @@ class ExpertStore {
   struct Piece {  // one read
     int file;
     int64_t offset, length, slot_offset;
+    bool direct;  // past the page cache
   };
 
   // How an expert lies in a slot, and the reads that bring it there.
