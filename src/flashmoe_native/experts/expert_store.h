@@ -20,7 +20,7 @@
 #include "backend/backend.h"
 #include "core/file.h"
 #include "core/io_queue.h"
-#include "model/spec.h"
+#include "core/spec.h"
 
 namespace flashmoe {
 
@@ -139,7 +139,7 @@ class ExpertStore {
   float weight_ = 1;          // of a use now; doubles every kHalfLife tokens
   int64_t stride_ = 0;
   std::vector<Slot> slots_;
-  Backend::Buffer slab_;
+  Buffer slab_;
   // How much a slot is worth keeping: its expert's uses_, less than any where it is empty,
   // infinitely much where it is pinned.
   std::vector<float> worth_;

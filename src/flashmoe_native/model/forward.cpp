@@ -115,7 +115,7 @@ void Forward::run(State& state, std::span<const int32_t> ids, const Output& out,
 
 void Forward::linear_attention(int layer, int n, const State& state) {
   const DeltaWeights& w = weights_.layers[layer].linear_attn;
-  const auto floats_of = [](const Backend::Buffer& buffer) {
+  const auto floats_of = [](const Buffer& buffer) {
     return reinterpret_cast<float*>(buffer.get());
   };
   const Product inputs[] = {

@@ -69,7 +69,7 @@ class Forward {
   ExpertStore& store_;
   const int chunk_;
   int64_t bytes_ = 0;
-  std::vector<Backend::Buffer> buffers_;
+  std::vector<Buffer> buffers_;
 
   // The recurrent states that a run writes; they change places with the State's when it succeeds.
   std::vector<DeltaState> next_deltas_;
