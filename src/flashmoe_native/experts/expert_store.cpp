@@ -91,7 +91,8 @@ void ExpertStore::unpin(int slot) {
   ++unpinned_;
 }
 
-void ExpertStore::age(int tokens) {
+void ExpertStore::end_pass(int tokens) {
+  release();
   weight_ *= std::exp2(static_cast<float>(tokens) / kHalfLife);
   if (weight_ < 1e20f) return;
   const float factor = 1 / weight_;  // what becomes zero was used long ago
@@ -135,9 +136,11 @@ ExpertStore::Layout ExpertStore::layout(const ExpertsSpec& spec, int expert) con
   return result;
 }
 
-void ExpertStore::start(int layer, std::span<const int32_t> experts,
-                        std::span<const int32_t> uses) {
+void ExpertStore::start(int layer, std::span<const int32_t> experts, std::span<const int32_t> uses,
+                        bool then_next) {
+  release();
   layer_ = layer;
+  then_next_ = then_next;
   for (size_t i = 0; i < experts.size(); ++i) {
     uses_[index(layer, experts[i])] += weight_ * static_cast<float>(uses[i]);
   }
@@ -173,6 +176,13 @@ void ExpertStore::start(int layer, std::span<const int32_t> experts,
     statistics_.misses += static_cast<int64_t>(experts.size()) - hits;
   }
   read_backlog();
+  read_next_layer();
+}
+
+void ExpertStore::read_next_layer() {
+  if (!then_next_ || starved()) return;
+  then_next_ = false;
+  read_ahead(layer_ + 1);
 }
 
 void ExpertStore::read_ahead(int layer) {
@@ -271,7 +281,12 @@ ExpertStore::Arrived ExpertStore::arrived(int slot) const {
   return result;
 }
 
-std::span<const ExpertStore::Arrived> ExpertStore::next(const std::function<void()>& check) {
+std::span<const ExpertStore::Arrived> ExpertStore::next(const std::function<void()>& finish,
+                                                        const std::function<void()>& check) {
+  if (starved()) {
+    finish();
+    release();
+  }
   while (ready_.empty() && in_flight_ > 0 && (wanted_ > 0 || starved())) {
     {
       std::unique_lock lock(mutex_);
@@ -291,6 +306,7 @@ std::span<const ExpertStore::Arrived> ExpertStore::next(const std::function<void
     }
     read_backlog();
   }
+  read_next_layer();
   return ready();
 }
 
@@ -339,6 +355,7 @@ void ExpertStore::release() {
 void ExpertStore::cancel() {
   backlog_.clear();
   backlog_at_ = 0;
+  then_next_ = false;
   while (in_flight_ > 0) {
     {
       std::unique_lock lock(mutex_);
