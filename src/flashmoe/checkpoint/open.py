@@ -1,9 +1,6 @@
 """A checkpoint, opened once: its configuration, where every weight lies, and how it reads text."""
 
-import dataclasses
 import gc
-import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +12,7 @@ from typing import TYPE_CHECKING
 from flashmoe import hub
 from flashmoe.checkpoint.config import ModelConfig
 from flashmoe.checkpoint.find import find_local
+from flashmoe.checkpoint.fingerprint import fingerprint
 from flashmoe.checkpoint.headers import Tensor
 from flashmoe.checkpoint.index import INDEX, SINGLE, Index, is_skipped
 from flashmoe.checkpoint.metadata import Metadata
@@ -157,15 +155,8 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Tells models apart, fine-tunes of one architecture too: its config and final norm."""
-        digest = hashlib.sha256()
-        config = dataclasses.asdict(self.config)
-        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-        for file, offset, length in self.vectors["norm"].extents.tolist():
-            with Path(self.files[file]).open("rb") as f:
-                f.seek(offset)
-                digest.update(f.read(length))
-        return digest.hexdigest()[:32]
+        """What tells its weights from another model's; see checkpoint/fingerprint.py."""
+        return fingerprint(self)
 
     def native(self) -> "_native.Checkpoint":
         """The table of spans for the native core."""
