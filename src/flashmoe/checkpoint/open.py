@@ -21,6 +21,7 @@ from flashmoe.checkpoint.template import ChatTemplate
 from flashmoe.checkpoint.tokenizer import Tokenizer
 from flashmoe.checkpoint.weights import WeightFinder
 from flashmoe.errors import CheckpointError
+from flashmoe.machine.files import is_there, names_in, regular_file_size
 
 if TYPE_CHECKING:
     from flashmoe import _native
@@ -79,7 +80,7 @@ class Checkpoint:
         directory = hub.download(name, _METADATA_FILES)
         metadata = Metadata(directory)
         config = ModelConfig.of(metadata)
-        index = Index(directory) if (directory / INDEX).exists() else None
+        index = Index(directory) if is_there(directory / INDEX) else None
         # The weights must be of the commit that the metadata is of.
         hub.download(name, index.files if index else [SINGLE], commit=directory.name)
         return _open_directory(name, metadata, config, index)
@@ -136,7 +137,7 @@ class Checkpoint:
     @property
     def has_tokenizer(self) -> bool:
         """Whether there is a tokenizer; a checkpoint without one runs on ids."""
-        return (self.directory / "tokenizer.json").exists()
+        return is_there(self.directory / "tokenizer.json")
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -187,7 +188,7 @@ def _open_directory(
     index: Index | None = None,
 ) -> Checkpoint:
     directory = metadata.directory
-    if (directory / JOB).exists() and not (directory / "config.json").exists():
+    if is_there(directory / JOB) and not is_there(directory / "config.json"):
         raise CheckpointError(
             f"{directory}: an unfinished pack: config.json is missing; run the same"
             " 'flashmoe pack' again to finish it"
@@ -196,7 +197,11 @@ def _open_directory(
         config = config or ModelConfig.of(metadata)
         index = index or Index(directory)
         tensors = index.tensors()
-        disk_bytes = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+        disk_bytes = sum(
+            regular_file_size(directory / name)
+            for name in names_in(directory)
+            if name.endswith(".safetensors")
+        )
         return Checkpoint.of_tensors(source, metadata, config, tensors, index.path, disk_bytes)
 
 

@@ -39,6 +39,14 @@ def is_there(path: Path) -> bool:
     return True
 
 
+def names_in(directory: Path) -> list[str]:
+    """What a directory holds, sorted; CheckpointError where it cannot be listed."""
+    try:
+        return sorted(os.listdir(directory))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{directory}: cannot be listed: {_reason(error)}") from None
+
+
 def regular_file_size(path: Path) -> int:
     """Size in bytes of a regular file; a symbolic link is followed, as hub caches consist of them.
 
@@ -66,7 +74,7 @@ def open_file(path: Path) -> FileIO:
     regular_file_size(path)
     try:
         return FileIO(path)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be opened: {_reason(error)}") from None
 
 
@@ -117,7 +125,9 @@ def replacing(path: Path) -> Iterator[int]:
         with suppress(OSError):
             part.unlink()
         if isinstance(error, OSError) and not isinstance(error, FlashMoeError):
-            raise WriteError(f"{path}: cannot be written: {_reason(error)}") from error
+            raise WriteError(
+                f"{path}: cannot be written: {_reason(error)}; what was there is still there"
+            ) from error
         raise
     _sync_directory(path.parent)
 
