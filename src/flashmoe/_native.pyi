@@ -111,8 +111,9 @@ class Engine:
         expert_misses, tokens, forward_seconds, head_seconds, resident_bytes, slot_bytes,
         activation_bytes."""
     def layer_times(self) -> list[dict[str, float]]:
-        """Seconds so far in each layer's mixer (with its norm), router, wait (for experts), experts
-        (the shared one too) and combine, as the host saw them."""
+        """Seconds so far in each layer, as the host saw them: mixer, router (with the norm before
+        it), wait (for experts), experts (the shared one too) and combine (with the norm that the
+        next layer begins with)."""
     def close(self) -> None: ...
 
 def backends() -> list[str]:

@@ -13,10 +13,6 @@ namespace {
 
 constexpr int64_t kCacheStep = 256;  // caches grow by half, in multiples of so many tokens
 
-Backend::Buffer none() {
-  return {nullptr, [](std::byte*) {}};
-}
-
 size_t conv_bytes_of(const ModelConfig& config) {
   return sizeof(float) * static_cast<size_t>(config.linear_conv_kernel_dim - 1) *
          config.conv_channels();
@@ -33,7 +29,7 @@ std::vector<DeltaState> allocate_deltas(Backend& backend, const ModelConfig& con
   std::vector<DeltaState> result;
   for (const bool attention : config.attention_layers) {
     if (attention) {
-      result.push_back({none(), none()});
+      result.push_back({});
     } else {
       result.push_back(
           {backend.allocate(conv_bytes_of(config)), backend.allocate(recurrent_bytes_of(config))});
@@ -47,7 +43,7 @@ State::State(Backend& backend, const ModelConfig& config, DType cache_dtype)
       backend_(&backend),
       config_(&config),
       cache_dtype_(cache_dtype) {
-  for (int layer = 0; layer < config.layers(); ++layer) caches.push_back({none(), none()});
+  for (int layer = 0; layer < config.layers(); ++layer) caches.push_back({});
 }
 
 size_t State::conv_bytes() const {

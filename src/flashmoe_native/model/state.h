@@ -11,14 +11,14 @@
 
 namespace flashmoe {
 
-struct KeyValueCache {           // of an attention layer
-  Backend::Buffer keys, values;  // [kv_heads, capacity, head_dim]
+struct KeyValueCache {  // of an attention layer
+  Buffer keys, values;  // [kv_heads, capacity, head_dim]
   int64_t capacity = 0;
 };
 
-struct DeltaState {           // of a GatedDeltaNet layer
-  Backend::Buffer conv;       // float [kernel - 1, channels]
-  Backend::Buffer recurrent;  // float [value_heads, key_dim, value_dim]
+struct DeltaState {  // of a GatedDeltaNet layer
+  Buffer conv;       // float [kernel - 1, channels]
+  Buffer recurrent;  // float [value_heads, key_dim, value_dim]
 };
 
 // A tensor of a state, as it is exported and restored: `blocks` runs of `block_bytes`, one after

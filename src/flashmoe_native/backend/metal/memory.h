@@ -28,9 +28,9 @@ class DeviceMemory {
 
   // Zeroed memory, as Backend::allocate promises. Throws DeviceError where the GPU may not use as
   // much, and says what to do.
-  Backend::Buffer allocate(size_t bytes);
+  Buffer allocate(size_t bytes);
   // The pages of a file that hold the range, or nothing where its offset does not suit kernels.
-  Backend::Buffer map(const File& file, int64_t offset, int64_t length);
+  Buffer map(const File& file, int64_t offset, int64_t length);
   // Where the GPU finds what a pointer into such memory points at.
   Place find(const void* pointer) const;
   // What offset 0 of that buffer is to the CPU.
@@ -45,7 +45,7 @@ class DeviceMemory {
 
   void require_room(size_t length) const;
   // Hands out base + offset; `deallocator` frees the pages once Metal no longer uses them.
-  Backend::Buffer wrap(std::byte* base, size_t length, size_t offset, Deallocator deallocator);
+  Buffer wrap(std::byte* base, size_t length, size_t offset, Deallocator deallocator);
   void forget(const std::byte* data);
   const std::pair<const std::byte* const, Region>& region(const void* pointer) const;
 

@@ -44,19 +44,19 @@ void DeviceMemory::require_room(size_t length) const {
   }
 }
 
-Backend::Buffer DeviceMemory::allocate(size_t bytes) {
+Buffer DeviceMemory::allocate(size_t bytes) {
   const size_t length = round_up(bytes > 0 ? bytes : 1, page_);
   require_room(length);
   Buffer pages = allocate_pages(length);
   const auto free_pages = pages.get_deleter();
-  Backend::Buffer result = wrap(pages.get(), length, 0, ^(void* pointer, NSUInteger) {
+  Buffer result = wrap(pages.get(), length, 0, ^(void* pointer, NSUInteger) {
     free_pages(static_cast<std::byte*>(pointer));
   });
   pages.release();
   return result;
 }
 
-Backend::Buffer DeviceMemory::map(const File& file, int64_t offset, int64_t length) {
+Buffer DeviceMemory::map(const File& file, int64_t offset, int64_t length) {
   if (offset % kWeightAlignment != 0) return nullptr;
   const int64_t begin = offset / static_cast<int64_t>(page_) * static_cast<int64_t>(page_);
   const size_t pages = round_up(static_cast<size_t>(offset + length - begin), page_);
@@ -68,8 +68,7 @@ Backend::Buffer DeviceMemory::map(const File& file, int64_t offset, int64_t leng
               });
 }
 
-Backend::Buffer DeviceMemory::wrap(std::byte* base, size_t length, size_t offset,
-                                   Deallocator deallocator) {
+Buffer DeviceMemory::wrap(std::byte* base, size_t length, size_t offset, Deallocator deallocator) {
   auto buffer =
       Owned<id<MTLBuffer>>::adopt([device_ newBufferWithBytesNoCopy:base
                                                              length:length
@@ -78,7 +77,7 @@ Backend::Buffer DeviceMemory::wrap(std::byte* base, size_t length, size_t offset
   if (!buffer) throw DeviceError("Metal: no buffer over " + gigabytes(length) + " of memory");
   std::lock_guard lock(mutex_);
   regions_.emplace(base, Region{length, std::move(buffer)});
-  return Backend::Buffer(base + offset, [this](std::byte* data) { forget(data); });
+  return Buffer(base + offset, [this](std::byte* data) { forget(data); });
 }
 
 void DeviceMemory::forget(const std::byte* data) {
