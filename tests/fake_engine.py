@@ -125,6 +125,7 @@ class FakeState:
     def __init__(self, tokens: list[int]) -> None:
         self.tokens = tokens
         self.prompt = 0
+        self.logits: np.ndarray | None = None
 
     @property
     def position(self) -> int:
@@ -135,18 +136,9 @@ class FakeState:
         return 4 * len(self.tokens)
 
     def fork(self) -> "FakeState":
-        return FakeState(list(self.tokens))
-
-    def export(self) -> dict[str, np.ndarray]:
-        return {
-            "layers.0.recurrent": np.array(self.tokens, np.float32),
-            "layers.1.keys": np.array(self.tokens, np.uint16),
-        }
-
-    def restore(self, position: int, tensors: dict[str, np.ndarray]) -> None:
-        if tensors["layers.0.recurrent"].shape != (position,):
-            raise ValueError("restore: tensor layers.0.recurrent has another shape")
-        self.tokens = tensors["layers.0.recurrent"].astype(int).tolist()
+        copy = FakeState(list(self.tokens))
+        copy.prompt, copy.logits = self.prompt, self.logits
+        return copy
 
 
 class FakeEngine:
@@ -174,8 +166,9 @@ class FakeEngine:
         state.tokens += ids.tolist()
         if len(ids) > 1 or not before:
             state.prompt = len(state.tokens)
+        state.logits = self.rule(state.tokens, state.prompt)
         if not all_logits:
-            return self.rule(state.tokens, state.prompt)
+            return state.logits
         return np.stack([self.rule(before + ids[: i + 1].tolist(), 0) for i in range(len(ids))])
 
     def stats(self) -> dict[str, float]:

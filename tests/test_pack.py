@@ -257,7 +257,7 @@ def test_ctrl_c_keeps_what_is_complete(source: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         pack(source, tmp_path / "pack", progress=interrupt)
     names = {path.name for path in (tmp_path / "pack").iterdir()}
-    assert not any(name.endswith(".partial") for name in names)
+    assert not any(name.endswith(".part") for name in names)
     assert "resident.safetensors" in names and "config.json" not in names
     with pytest.raises(CheckpointError, match=r"config\.json"):
         Checkpoint.open(tmp_path / "pack")

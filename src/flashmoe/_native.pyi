@@ -37,11 +37,16 @@ class State:
     def position(self) -> int: ...
     @property
     def nbytes(self) -> int: ...
+    @property
+    def logits(self) -> npt.NDArray[np.float32] | None:
+        """What the latest forward() predicts: float32 [vocab], read-only; None before the first."""
     def fork(self) -> State: ...
     def export(self) -> dict[str, npt.NDArray[Any]]:
         """Copies: `layers.N.keys`, `.values` [kv_heads, position, head_dim] (float32, or uint16
-        holding bfloat16), `.conv` [kernel - 1, channels], `.recurrent` [heads, Dk, Dv]."""
-    def restore(self, position: int, tensors: dict[str, npt.NDArray[Any]]) -> None: ...
+        holding bfloat16), `.conv` [kernel - 1, channels], `.recurrent` [heads, Dk, Dv]. And
+        `logits`, which is none of the forward pass's own, where there are any."""
+    def restore(self, position: int, tensors: dict[str, npt.NDArray[Any]]) -> None:
+        """What export() gave, into a fresh state. ValueError for any other shape or dtype."""
 
 class Engine:
     """A loaded model. Threads that use it and its states take turns, in the order they asked.
@@ -72,6 +77,9 @@ class Engine:
     @property
     def backend(self) -> str: ...
     def new_state(self) -> State: ...
+    def state_layout(self, position: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """What export() of a state of so many tokens holds: dtype, as safetensors names it, and
+        shape by name."""
     @overload
     def forward(
         self,

@@ -237,7 +237,7 @@ class Model:
         a stop string, max_tokens, or when the context is full (`stats.finish_reason`).
 
         Args:
-            prompt: text, or ids. May be empty where a state has an answer to go on with.
+            prompt: text, or ids. May be empty where a state has something to go on with.
             max_tokens: to give out at most; None for as many as the context holds. 0 only adds the
                 prompt to the state.
             seed: the same seed draws the same tokens; None draws others each time.
@@ -249,8 +249,9 @@ class Model:
             ArgumentError: at once, for a value that cannot be used.
             StateError: the prompt does not fit the context, the model is closed, or the state is of
                 another model or in use.
-            ReadError: while iterating, an expert could not be read. The state keeps its tokens: an
-                empty prompt goes on from there.
+            ReadError, OutOfMemoryError: while iterating, an expert could not be read, or the state
+                could not grow. As after Ctrl-C, the state keeps its tokens: an empty prompt goes on
+                from there.
         """
         _check_count("max_tokens", max_tokens, 0)
         sampling = self.sampling.override(
@@ -289,7 +290,7 @@ class Model:
                 it, and started afresh otherwise: the answer is the same, only the time differs.
         """
         text = self.render(messages, tools=tools, **(variables or {}))
-        ids = self.checkpoint.tokenizer.encode(text, special=False)
+        ids = self._tokenised(text, special=False)
         state: State | None = options.get("state")
         if state is not None:
             self._check_own(state)
@@ -424,8 +425,10 @@ class Model:
     def _prefill(
         self, state: State, meter: Meter, progress: Progress | None
     ) -> npt.NDArray[np.float32]:
-        """Computes the tokens that the state has but the native state has not."""
+        """Computes the tokens that the state has but the native state has not; what follows."""
         todo = state._tokens[state._native.position :]
+        if not todo and state._native.logits is not None:
+            return state._native.logits
         start = time.perf_counter()
         if progress is not None:
             progress(0, len(todo))
@@ -448,7 +451,8 @@ class Model:
 
     def _check_room(self, state: State, ids: list[int]) -> None:
         """Whether there is something to compute, and the context holds it."""
-        if not ids and state.position == state._native.position:
+        ready = state.position > state._native.position or state._native.logits is not None
+        if not ids and not ready:
             raise ArgumentError("the prompt is empty; give at least one token")
         if state.position + len(ids) > self.context:
             raise StateError(
@@ -458,7 +462,7 @@ class Model:
 
     def _encode(self, prompt: str | Iterable[int]) -> list[int]:
         if isinstance(prompt, str):
-            return self.checkpoint.tokenizer.encode(prompt)
+            return self._tokenised(prompt)
         vocab = self.config.vocab_size
         if not isinstance(prompt, Iterable) or isinstance(prompt, (bytes, bytearray)):
             raise ArgumentError(f"a prompt is text or a sequence of ids; got {prompt!r}")
@@ -468,6 +472,17 @@ class Model:
                 raise ArgumentError(f"a prompt is text or a sequence of ids; it holds {i!r}")
             if not 0 <= i < vocab:
                 raise ArgumentError(f"token id {i} is not in the vocabulary of {vocab}")
+        return ids
+
+    def _tokenised(self, text: str, *, special: bool = True) -> list[int]:
+        """The ids of a text, each of which the model has."""
+        ids = self.checkpoint.tokenizer.encode(text, special=special)
+        if ids and max(ids) >= self.config.vocab_size:
+            raise CheckpointError(
+                f"{self.directory / 'tokenizer.json'}: gives token id {max(ids)}, and the model's "
+                f"vocabulary is {self.config.vocab_size}; the two are not of one model: download "
+                "both again"
+            )
         return ids
 
     def _text_stream(self, stop: str | Sequence[str] | None) -> TextStream | None:

@@ -82,7 +82,10 @@ def disk_rate(files: Sequence[Path], block: int, seconds: float = 0.5) -> float 
     from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415
 
     block = max(block // 4096, 1) * 4096
-    candidates = [f for f in files if f.stat().st_size >= 4 * block]
+    try:
+        candidates = [f for f in files if f.stat().st_size >= 4 * block]
+    except OSError:
+        return None
     if not candidates:
         return None
     deadline = time.perf_counter() + seconds
@@ -143,7 +146,9 @@ def _cgroup(controller: str) -> list[Path]:
             continue
         # Within a container the path may be the host's, which is not to be seen.
         folder = root / path.lstrip("/")
-        inner = [d for d in (folder, *folder.parents) if d.is_relative_to(root) and d.is_dir()]
+        inner = [
+            d for d in (folder, *folder.parents) if d.is_relative_to(root) and os.path.isdir(d)
+        ]
         return inner or [root]
     return []
 

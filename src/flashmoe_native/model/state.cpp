@@ -2,6 +2,11 @@
 
 #include <algorithm>
 #include <cstring>
+#include <new>
+#include <string>
+#include <utility>
+
+#include "core/error.h"
 
 namespace flashmoe {
 namespace {
@@ -76,12 +81,52 @@ KeyValueCache State::grown(const KeyValueCache& old, int64_t capacity) const {
   return fresh;
 }
 
-void State::reserve(int64_t tokens) {
+std::vector<StateTensor> State::tensors(int64_t position) const {
+  std::vector<StateTensor> result;
+  for (int layer = 0; layer < config_->layers(); ++layer) {
+    const std::string prefix = "layers." + std::to_string(layer) + ".";
+    if (config_->attention_layers[layer]) {
+      const KeyValueCache& cache = caches[layer];
+      const auto add = [&](const char* name, const Backend::Buffer& buffer) {
+        result.push_back({prefix + name,
+                          cache_dtype_,
+                          {config_->num_key_value_heads, position, config_->head_dim},
+                          buffer.get(),
+                          static_cast<size_t>(config_->num_key_value_heads),
+                          row_bytes() * static_cast<size_t>(position),
+                          row_bytes() * static_cast<size_t>(cache.capacity)});
+      };
+      add("keys", cache.keys);
+      add("values", cache.values);
+    } else {
+      const auto add = [&](const char* name, std::vector<int64_t> shape, size_t bytes,
+                           const Backend::Buffer& buffer) {
+        result.push_back(
+            {prefix + name, DType::F32, std::move(shape), buffer.get(), 1, bytes, bytes});
+      };
+      add("conv", {config_->linear_conv_kernel_dim - 1, config_->conv_channels()}, conv_bytes(),
+          deltas[layer].conv);
+      add("recurrent",
+          {config_->linear_num_value_heads, config_->linear_key_head_dim,
+           config_->linear_value_head_dim},
+          recurrent_bytes(), deltas[layer].recurrent);
+    }
+  }
+  return result;
+}
+
+void State::reserve(int64_t tokens) try {
   for (int layer = 0; layer < config_->layers(); ++layer) {
     if (!config_->attention_layers[layer] || tokens <= caches[layer].capacity) continue;
     const int64_t wanted = std::max(tokens, caches[layer].capacity + caches[layer].capacity / 2);
     caches[layer] = grown(caches[layer], (wanted + kCacheStep - 1) / kCacheStep * kCacheStep);
   }
+} catch (const std::bad_alloc&) {
+  throw OutOfMemoryError("the system does not grant the memory for keys and values of " +
+                         std::to_string(tokens) + " tokens; the state still holds " +
+                         std::to_string(position_) +
+                         ": end other programs, give the experts a smaller cache, or a shorter "
+                         "context");
 }
 
 State State::fork() const {

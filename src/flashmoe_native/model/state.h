@@ -1,7 +1,9 @@
 // Everything a sequence carries from token to token, as one value.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "backend/backend.h"
@@ -19,6 +21,16 @@ struct DeltaState {  // of a GatedDeltaNet layer
   Buffer recurrent;  // float [value_heads, key_dim, value_dim]
 };
 
+// A tensor of a state, as it is exported and restored: `blocks` runs of `block_bytes`, one after
+// the other in the tensor and `stride` bytes apart in the state's own memory.
+struct StateTensor {
+  std::string name;  // such as layers.3.keys
+  DType dtype;
+  std::vector<int64_t> shape;
+  std::byte* data;
+  size_t blocks, block_bytes, stride;
+};
+
 class State {
  public:
   State(Backend& backend, const ModelConfig& config, DType cache_dtype);
@@ -27,11 +39,14 @@ class State {
 
   State fork() const;
   // Makes room for `tokens` in every cache; what they hold stays. A cache at a time is copied.
+  // Throws OutOfMemoryError; the state is then as it was.
   void reserve(int64_t tokens);
 
   int64_t position() const { return position_; }
   DType cache_dtype() const { return cache_dtype_; }
   int64_t bytes() const;
+  // All tensors of a state of so many tokens; their memory is this one's where it is that long.
+  std::vector<StateTensor> tensors(int64_t position) const;
   // Bytes of one layer's buffers.
   size_t conv_bytes() const;
   size_t recurrent_bytes() const;
