@@ -189,7 +189,7 @@ class FakeEngine:
             "wait_seconds": 0.01 * forwards,
             "expert_hits": 2 * forwards,
             "expert_misses": 6 * forwards,
-            "tokens": sum(self.calls),
+            "rows": sum(self.calls),
             "forward_seconds": 0.2 * forwards,
             "resident_bytes": 12345,
             "slot_bytes": 6789,

@@ -7,6 +7,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <atomic>
 #include <chrono>
 #include <cstring>
 #include <optional>
@@ -108,11 +109,21 @@ ModelConfig to_config(const nb::dict& values) {
   return config;
 }
 
+// Who wants passes: another thread may say that it does not any more.
+struct Request {
+  std::atomic<bool> cancelled = false;
+  std::atomic<double> seconds = 0;  // of its latest pass, without the wait for its turn
+};
+
 // Runs Python's signal handlers (Ctrl-C) now and then from native code that released the GIL;
-// taking it back may wait for other threads, so not at every call.
+// taking it back may wait for other threads, so not at every call. Throws Stopped where
+// the request is cancelled.
 class SignalCheck {
  public:
+  explicit SignalCheck(const Request* request = nullptr) : request_(request) {}
+
   void operator()() {
+    if (request_ && request_->cancelled) throw Stopped("the work was cancelled");
     const auto now = Clock::now();
     if (now - last_ < std::chrono::milliseconds(20)) return;
     last_ = now;
@@ -122,6 +133,7 @@ class SignalCheck {
 
  private:
   using Clock = std::chrono::steady_clock;
+  const Request* request_;
   Clock::time_point last_ = Clock::now();
 };
 
@@ -134,6 +146,25 @@ Turn take_turn(Engine& engine) {
 struct PyState {
   Engine& engine;  // kept alive by the Python object
   State state;
+  std::atomic<bool> in_use = false;
+
+  PyState(Engine& engine, State state) : engine(engine), state(std::move(state)) {}
+
+  // Holds a state for one thread, or throws StateError.
+  class Use {
+   public:
+    explicit Use(PyState& self) : self_(self) {
+      if (self_.in_use.exchange(true, std::memory_order_acquire)) {
+        throw StateError("this state is in use by another call; fork() it before, or wait");
+      }
+    }
+    ~Use() { self_.in_use.store(false, std::memory_order_release); }
+    Use(const Use&) = delete;
+    Use& operator=(const Use&) = delete;
+
+   private:
+    PyState& self_;
+  };
 };
 
 // Copies between a cache [kv_heads, capacity, row] and an array [kv_heads, position, row].
@@ -141,7 +172,7 @@ void copy_rows(const State& state, int layer, int kv_heads, std::byte* cache, st
                bool to_array) {
   const size_t used = state.row_bytes() * static_cast<size_t>(state.position());
   if (used == 0) return;  // there may be no cache yet
-  const size_t stride = state.row_bytes() * static_cast<size_t>(state.caches[layer].capacity);
+  const size_t stride = state.row_bytes() * static_cast<size_t>(state.cache(layer).capacity);
   for (int head = 0; head < kv_heads; ++head) {
     std::byte* in_cache = cache + stride * head;
     std::byte* in_array = array + used * head;
@@ -160,8 +191,8 @@ void visit_tensors(PyState& self, Visit&& visit) {
       const std::vector<size_t> shape{static_cast<size_t>(config.num_key_value_heads),
                                       static_cast<size_t>(state.position()),
                                       static_cast<size_t>(config.head_dim)};
-      visit(prefix + "keys", layer, state.caches[layer].keys.get(), true, shape);
-      visit(prefix + "values", layer, state.caches[layer].values.get(), true, shape);
+      visit(prefix + "keys", layer, state.cache(layer).keys.get(), true, shape);
+      visit(prefix + "values", layer, state.cache(layer).values.get(), true, shape);
     } else {
       visit(prefix + "conv", layer, state.deltas[layer].conv.get(), false,
             std::vector<size_t>{static_cast<size_t>(config.linear_conv_kernel_dim - 1),
@@ -187,6 +218,7 @@ std::byte* data_of(const nb::object& array) {
 
 nb::dict export_state(PyState& self) {
   const Turn turn = take_turn(self.engine);
+  const PyState::Use use(self);
   const bool half = self.state.cache_dtype() == DType::BF16;
   nb::dict result;
   visit_tensors(self, [&](const std::string& name, int layer, std::byte* data, bool cache,
@@ -205,6 +237,7 @@ nb::dict export_state(PyState& self) {
 // A state of `position` tokens with what export_state() gave, into a fresh state.
 void restore_state(PyState& self, int64_t position, const nb::dict& tensors) {
   const Turn turn = take_turn(self.engine);
+  const PyState::Use use(self);
   require(self.state.position() == 0, "restore: the state is not a fresh one");
   require(position >= 0, "restore: position is negative");
   State filled = self.state.fork();
@@ -233,7 +266,8 @@ void restore_state(PyState& self, int64_t position, const nb::dict& tensors) {
 
 // float32 logits, or with `routing` a tuple of them and int32 [len(ids), layers,
 // experts_per_token].
-nb::object forward(Engine& engine, PyState& state, const Ids& ids, bool all_logits, bool routing) {
+nb::object forward(Engine& engine, PyState& state, const Ids& ids, bool all_logits, bool routing,
+                   Request* request) {
   const auto vocab = static_cast<size_t>(engine.config().vocab_size);
   require(ids.shape(0) > 0, "forward: ids is empty");
   require(&state.engine == &engine, "forward: the state belongs to another model");
@@ -256,8 +290,14 @@ nb::object forward(Engine& engine, PyState& state, const Ids& ids, bool all_logi
   const std::span<const int32_t> tokens(ids.data(), ids.shape(0));
   {
     nb::gil_scoped_release release;
-    const Turn turn(engine.turns(), SignalCheck());
-    engine.forward(state.state, tokens, out, SignalCheck());
+    const Turn turn(engine.turns(), SignalCheck(request));
+    const PyState::Use use(state);
+    const auto start = std::chrono::steady_clock::now();
+    engine.forward(state.state, tokens, out, SignalCheck(request));
+    if (request) {
+      request->seconds =
+          std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    }
   }
   return routing ? nb::make_tuple(logits, experts) : logits;
 }
@@ -273,7 +313,7 @@ nb::dict statistics(Engine& engine) {
   result["wait_seconds"] = now.experts.wait_seconds;
   result["expert_hits"] = now.experts.hits;
   result["expert_misses"] = now.experts.misses;
-  result["tokens"] = now.tokens;
+  result["rows"] = now.rows;
   result["forward_seconds"] = now.forward_seconds;
   result["resident_bytes"] = now.resident_bytes;
   result["slot_bytes"] = now.slot_bytes;
@@ -320,6 +360,7 @@ void bind_engine(nb::module_& m) {
   translate<DeviceError>("DeviceError");
   translate<ReadError>("ReadError");
   translate<StateError>("StateError");
+  translate<Stopped>("StoppedError");
 
   nb::class_<Format>(m, "Format")
       .def(
@@ -341,14 +382,26 @@ void bind_engine(nb::module_& m) {
            "plus_one"_a = false)
       .def("add_experts", add_experts, "gate"_a, "up"_a, "down"_a, "extents"_a);
 
+  nb::class_<Request>(m, "Request")
+      .def(nb::init<>())
+      .def("cancel", [](Request& self) { self.cancelled = true; })
+      .def_prop_ro("cancelled", [](const Request& self) { return self.cancelled.load(); })
+      .def_prop_ro("seconds", [](const Request& self) { return self.seconds.load(); });
+
   nb::class_<PyState>(m, "State")
       .def_prop_ro("position", [](const PyState& self) { return self.state.position(); })
       .def_prop_ro("nbytes", [](const PyState& self) { return self.state.bytes(); })
+      .def_prop_ro("shared",
+                   [](const PyState& self) {
+                     const KeyValues& shared = self.state.key_values();
+                     return nb::make_tuple(reinterpret_cast<uintptr_t>(&shared),
+                                           shared.bytes.load());
+                   })
       .def(
           "fork",
           [](PyState& self) {
             const nb::gil_scoped_release release;
-            const Turn turn(self.engine.turns(), SignalCheck());
+            const PyState::Use use(self);
             return new PyState{self.engine, self.state.fork()};
           },
           nb::rv_policy::take_ownership, nb::keep_alive<0, 1>())
@@ -391,7 +444,8 @@ void bind_engine(nb::module_& m) {
             return new PyState{self, self.new_state()};
           },
           nb::rv_policy::take_ownership, nb::keep_alive<0, 1>())
-      .def("forward", forward, "state"_a, "ids"_a, "all_logits"_a = false, "routing"_a = false)
+      .def("forward", forward, "state"_a, "ids"_a, "all_logits"_a = false, "routing"_a = false,
+           "request"_a = nb::none())
       .def("stats", statistics)
       .def("layer_times", layer_times)
       .def("close", [](Engine& self) {

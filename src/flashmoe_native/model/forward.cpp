@@ -148,7 +148,7 @@ void Forward::linear_attention(int layer, int n, const State& state) {
 
 void Forward::full_attention(int layer, int n, State& state) {
   const AttentionWeights& w = weights_.layers[layer].self_attn;
-  const KeyValueCache& cache = state.caches[layer];
+  const KeyValueCache& cache = state.cache(layer);
   float* keys = z_;
   const Product inputs[] = {{&w.q_proj, wide_}, {&w.k_proj, keys}, {&w.v_proj, values_}};
   backend_.matmul(n, normed_, inputs);
