@@ -14,7 +14,8 @@ from flashmoe.cli.options import parse_experts
 from flashmoe.cli.progress import Bar
 
 if TYPE_CHECKING:
-    from flashmoe.generate.model import Model, Token
+    from flashmoe.generate.answer import Token
+    from flashmoe.generate.model import Model
 
 
 @contextlib.contextmanager

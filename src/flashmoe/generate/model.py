@@ -7,7 +7,6 @@ import logging
 import os
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,6 +17,7 @@ from flashmoe.checkpoint.config import ExpertsPerToken, ModelConfig
 from flashmoe.checkpoint.open import Checkpoint
 from flashmoe.checkpoint.template import ChatTemplate, Message
 from flashmoe.errors import ArgumentError, CheckpointError, StateError
+from flashmoe.generate.answer import Token
 from flashmoe.generate.engine import Progress, Setting, open_engine
 from flashmoe.generate.sampling import Sampler, Sampling
 from flashmoe.generate.state import State
@@ -37,23 +37,6 @@ PRECISIONS = ("int8", "float32")
 BACKENDS = ("auto", "cpu", "metal")
 MAX_THREADS = 1024
 _Number = TypeVar("_Number", bound=np.generic)
-
-
-@dataclass(frozen=True)
-class Token:
-    """One step of a generation.
-
-    Attributes:
-        id: in the model's vocabulary.
-        text: what became final with it. Often "", where a character or what may be a stop string is
-            not complete yet, and for special tokens; all texts together are the answer.
-        logprob: natural logarithm of its probability under the model, before penalties,
-            temperature and filters.
-    """
-
-    id: int
-    text: str
-    logprob: float
 
 
 class Model:
