@@ -115,13 +115,14 @@ class Engine:
         likeliest first.
 
         ids go through in chunks of `chunk`. After an exception (ReadError, CheckpointError,
-        StateError, DeviceError, StoppedError, KeyboardInterrupt) state is as it was before the chunk that failed.
+        StateError, DeviceError, StoppedError, KeyboardInterrupt) state is as it was before the
+        chunk that failed.
         """
     def stats(self) -> dict[str, float]:
         """reads, bytes_read, bytes_cached (of them in the page cache; -1 where the system cannot
         tell), read_seconds (summed over reads, which overlap), wait_seconds, expert_hits,
-        expert_misses, rows (passed to Forward), forward_seconds, head_seconds, resident_bytes, slot_bytes,
-        activation_bytes."""
+        expert_misses, rows (passed to Forward), forward_seconds, head_seconds, resident_bytes,
+        slot_bytes, activation_bytes."""
     def layer_times(self) -> list[dict[str, float]]:
         """Seconds so far in each layer's mixer (with its norm), router, wait (for experts), experts
         (the shared one too) and combine, as the host saw them."""
