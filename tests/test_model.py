@@ -252,15 +252,8 @@ def test_two_calls_on_one_state_are_checked_again_when_the_second_begins(engine,
     assert state.position == 8
 
 
-def test_threads_on_one_model_take_turns(model, engine) -> None:
-    inside = threading.Lock()
-
-    def alone() -> None:
-        assert inside.acquire(blocking=False), "two threads in one engine"
-        threading.Event().wait(0.001)
-        inside.release()
-
-    engine.before_forward = alone
+def test_threads_on_one_model_get_what_they_would_get_alone(model, engine) -> None:
+    engine.before_forward = lambda: threading.Event().wait(0.001)
     answers: dict[int, list[int]] = {}
 
     def work(i: int) -> None:

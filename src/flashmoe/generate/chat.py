@@ -6,15 +6,15 @@ import dataclasses
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from flashmoe.generate.answer import Answer, Delta, Token
+from flashmoe.generate.answer import Answer, Delta
 from flashmoe.generate.conversations import Conversations, Snapshot
 from flashmoe.generate.engine import Engine
 from flashmoe.generate.parse import AnswerParser
 from flashmoe.generate.processors import Floats
 from flashmoe.generate.prompt import Prompt, Prompts
-from flashmoe.generate.scheduler import Request
 from flashmoe.generate.state import State
 from flashmoe.generate.stats import Meter
+from flashmoe.generate.steps import Tokens
 
 if TYPE_CHECKING:
     from flashmoe import _native
@@ -111,15 +111,8 @@ class Chat(Iterator[Delta]):
     Leaving the loop stops the work, if nothing else holds the Chat; `close()` does so at once.
     """
 
-    def __init__(
-        self,
-        turn: Turn,
-        request: Request,
-        tokens: Generator[Token, None, None],
-        parser: AnswerParser,
-    ) -> None:
+    def __init__(self, turn: Turn, tokens: Tokens, parser: AnswerParser) -> None:
         self._turn = turn
-        self._request = request
         self._tokens = tokens
         self._parser = parser
         self._deltas: list[Delta] = []
@@ -135,6 +128,11 @@ class Chat(Iterator[Delta]):
         return delta
 
     @property
+    def prompt_ids(self) -> list[int]:
+        """The ids of the conversation that is being answered."""
+        return list(self._turn.prompt.ids)
+
+    @property
     def answer(self) -> Answer:
         """The complete answer; what is missing is computed first."""
         for _ in self:
@@ -143,7 +141,7 @@ class Chat(Iterator[Delta]):
 
     def cancel(self) -> None:
         """Ends the answer within a layer of the pass that runs. May be called by any thread."""
-        self._request.cancel()
+        self._tokens.cancel()
 
     def close(self) -> None:
         """Ends the answer where it is. What was computed of the conversation stays cached."""

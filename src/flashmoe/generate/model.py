@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from flashmoe.checkpoint.open import Checkpoint
 from flashmoe.checkpoint.template import ChatTemplate, Message
 from flashmoe.errors import ArgumentError, CheckpointError, StateError
 from flashmoe.generate.answer import Token
+from flashmoe.generate.background import AsyncChat, Background
 from flashmoe.generate.chat import Chat, Turn
 from flashmoe.generate.conversations import Conversations
 from flashmoe.generate.dialect import Dialect
@@ -29,7 +30,7 @@ from flashmoe.generate.sampling import Sampler, Sampling
 from flashmoe.generate.scheduler import Scheduler
 from flashmoe.generate.state import State
 from flashmoe.generate.stats import Meter, Stats
-from flashmoe.generate.steps import Work, steps
+from flashmoe.generate.steps import Tokens, Work
 from flashmoe.generate.text import TextStream
 from flashmoe.generate.tools import tools_of
 from flashmoe.machine import probe
@@ -125,6 +126,7 @@ class Model:
         self._conversations = Conversations(
             available // 10 if conversations is None else parse_bytes(conversations)
         )
+        self._closed = False
         self.backend = self._native.backend
         self._totals: Mapping[str, float] = self._native.stats()
         self._meter = Meter(self._totals)
@@ -157,6 +159,7 @@ class Model:
         with contextlib.suppress(StateError):  # closed before
             self._totals = self._native.stats()
             self._native.close()
+        self._closed = True
         self._conversations.clear()
 
     @property
@@ -228,7 +231,7 @@ class Model:
         processors: Sequence[LogitsProcessor] = (),
         state: State | None = None,
         progress: Progress | None = None,
-    ) -> Generator[Token, None, None]:
+    ) -> Tokens:
         """Continues a prompt, token by token.
 
         A text is taken as it is; `chat` renders a conversation first. What of temperature, top_k,
@@ -265,19 +268,22 @@ class Model:
         _check_count("max_tokens", max_tokens, 0)
         _check_count("logprobs", logprobs, 0)
         ids = self._encode(prompt)
-        own = self.new_state() if state is None else state
-        self._check_own(own)
-        self._check_room(own, ids)
+        self._check_open()
+        before: list[int] = []
+        if state is not None:
+            self._check_own(state)
+            before = state._tokens
+        self._check_room(state, ids)
 
         def begin(state: State) -> None:
             self._check_room(state, ids)  # once more: it may have gone on since the call
             state._tokens += ids
 
         work = Work(
-            state=lambda: own,
+            state=lambda: self.new_state() if state is None else state,
             begin=begin,
             meter=self._new_meter,
-            sampler=Sampler(sampling, seed, (*own._tokens, *ids), processors=tuple(processors)),
+            sampler=Sampler(sampling, seed, (*before, *ids), processors=tuple(processors)),
             stream=self._text_stream(stop),
             max_tokens=max_tokens,
             context=self.context,
@@ -285,7 +291,7 @@ class Model:
             progress=progress,
             logprobs=logprobs,
         )
-        return steps(self._scheduler.request(), work)
+        return Tokens(self._scheduler.request(), work)
 
     def chat(
         self,
@@ -346,6 +352,7 @@ class Model:
         prompt = self._prompts.make(
             messages, specs, _variables(variables, think), continues=continue_final
         )
+        self._check_open()
         self._check_fits(0, prompt.ids)
         if state is not None:
             self._check_own(state)
@@ -371,8 +378,16 @@ class Model:
         parser = AnswerParser(
             Dialect.of(self.chat_template), offered, in_reasoning=prompt.in_reasoning
         )
-        request = self._scheduler.request()
-        return Chat(turn, request, steps(request, work), parser)
+        return Chat(turn, Tokens(self._scheduler.request(), work), parser)
+
+    def agenerate(self, prompt: str | Sequence[int], **options: Any) -> Background[Token]:
+        """`generate` for asyncio: an async iterator. A cancelled task stops the work."""
+        tokens = self.generate(prompt, **options)
+        return Background(tokens, tokens.cancel, tokens.close)
+
+    def achat(self, messages: Sequence[Message], **options: Any) -> AsyncChat:
+        """`chat` for asyncio: an async iterator, with `await chat.answer()`."""
+        return AsyncChat(self.chat(messages, **options))
 
     def prompt_ids(
         self,
@@ -461,11 +476,16 @@ class Model:
         if state._engine is not self._engine:
             raise StateError("this state is another model's; make one with new_state()")
 
-    def _check_room(self, state: State, ids: list[int]) -> None:
-        """Whether there is something to compute, and the context holds it."""
-        if not ids and state.position == state._native.position:
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StateError("this model is closed; open it again with flashmoe.Model(...)")
+
+    def _check_room(self, state: State | None, ids: list[int]) -> None:
+        """Whether there is something to compute behind a state, and the context holds it."""
+        before = 0 if state is None else state.position
+        if not ids and before == (0 if state is None else state._native.position):
             raise ArgumentError("the prompt is empty; give at least one token")
-        self._check_fits(state.position, ids)
+        self._check_fits(before, ids)
 
     def _check_fits(self, before: int, ids: list[int]) -> None:
         """Whether the context holds a prompt behind so many tokens."""

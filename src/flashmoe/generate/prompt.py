@@ -147,7 +147,7 @@ class Prompts:
             )
         except ArgumentError:
             return
-        end = self._end_of_turn(text)
+        end = self._end_of_turn(text, opener)
         text = text[:end] + re.split(re.escape(opener[1]), text[end:])[0]  # no generation prompt
         start = text.rfind(opener[1])
         first = max((i for i, token in enumerate(prompt.ids) if token == opener[0]), default=None)
@@ -160,10 +160,11 @@ class Prompts:
         own += self._checkpoint.tokenizer.encode(text[end:], special=False)
         self._ids[_digest(text)] = np.array(own, np.int32).tobytes()
 
-    def _end_of_turn(self, text: str) -> int:
-        """Where the last end-of-sequence token stands; -1 if there is none."""
-        ends = (self._checkpoint.tokenizer.token(i) for i in self._checkpoint.config.eos_token_ids)
-        return max((text.rfind(end) for end in ends if end), default=-1)
+    def _end_of_turn(self, text: str, opener: tuple[int, str]) -> int:
+        """Where the special token that ends the last turn stands; -1 if there is none."""
+        tokenizer = self._checkpoint.tokenizer
+        ends = (tokenizer.token(token) for token in tokenizer.special if token != opener[0])
+        return max((text.rfind(end) for end in ends), default=-1)
 
     def _recall(self, turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The turns with the reasoning that clients left out."""
@@ -226,7 +227,7 @@ class Prompts:
                     text = _render(
                         template, turns[: query + 1], tools, variables, add_generation_prompt=False
                     )
-                    ended = text[: self._end_of_turn(text)]
+                    ended = text[: self._end_of_turn(text, opener)]
                     until = min(until, ended.count(opener[1]))
             places.add(begins[until])
         marks = {*places, *begins[-1:]}

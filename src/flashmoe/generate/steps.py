@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from flashmoe.errors import StoppedError
@@ -51,8 +51,29 @@ class Work:
     end: Callable[[State], None] = field(default=lambda state: None)
 
 
-def steps(request: Request, work: Work) -> Generator[Token, None, None]:
-    """Does the work, a token each time that one is asked for."""
+class Tokens(Iterator[Token]):
+    """The tokens of an answer, each computed when it is asked for."""
+
+    def __init__(self, request: Request, work: Work) -> None:
+        self._request = request
+        self._steps = _steps(request, work)
+
+    def __iter__(self) -> Tokens:
+        return self
+
+    def __next__(self) -> Token:
+        return next(self._steps)
+
+    def cancel(self) -> None:
+        """Ends the answer within a layer of the pass that runs. May be called by any thread."""
+        self._request.cancel()
+
+    def close(self) -> None:
+        """Ends the answer where it is."""
+        self._steps.close()
+
+
+def _steps(request: Request, work: Work) -> Generator[Token, None, None]:
     with request:
         state = work.state()
         with state._held():
