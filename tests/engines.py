@@ -6,10 +6,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+import flashmoe
 from flashmoe import _native
 from flashmoe.checkpoint.open import Checkpoint
 from flashmoe.generate.engine import KERNELS
 
+DEMO = Path(flashmoe.__file__).parent / "demo_model"
 Logits = npt.NDArray[np.float32]
 
 

@@ -15,8 +15,6 @@ import flashmoe
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").iterdir())
 
-pytestmark = pytest.mark.reference
-
 
 def _run(directory: Path, code: str) -> str:
     """Output of a program for which "demo" is the model in `directory`."""

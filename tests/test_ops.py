@@ -12,7 +12,7 @@ from flashmoe import _native
 
 ops = _native.ops
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-ISAS = ("portable", "avx2", "avx512", "avx512-bf16") if X86 else tuple(ops.isas())
+ISAS = ("portable", "avx2", "avx-vnni", "avx512", "avx512-bf16") if X86 else tuple(ops.isas())
 THREADS = 2
 
 

@@ -2,11 +2,7 @@
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from flashmoe.generate.conversations import Conversations
-
-LOGITS = np.zeros(25, np.float32)
 
 
 @dataclass
@@ -15,6 +11,7 @@ class Held:
 
     position: int
     shared: tuple[int, int] = (0, 0)
+    logits: None = None
 
     @property
     def nbytes(self) -> int:
@@ -39,16 +36,12 @@ def test_the_longest_beginning_is_found() -> None:
     assert kept.longest([1, 3]) is None
 
 
-def test_all_of_a_prompt_is_found_only_with_the_logits_that_follow() -> None:
+def test_one_sequence_is_kept_once() -> None:
     kept = Conversations(100_000)
-    _keep(kept, [1, 2])
-    _keep(kept, [1, 2, 3])
-    assert kept.longest([1, 2, 3]).position == 2
-    _keep(kept, [1, 2, 3], logits=LOGITS)
-    assert kept.longest([1, 2, 3]).logits is LOGITS
-    _keep(kept, [1, 2, 3])  # as the end of an answer that came to nothing
-    assert kept.longest([1, 2, 3]).logits is LOGITS
-    assert len(kept) == 2
+    for _ in range(2):
+        _keep(kept, [1, 2, 3])
+    assert len(kept) == 1
+    assert kept.longest([1, 2, 3]).position == 3
 
 
 def test_the_least_recently_used_make_room() -> None:

@@ -33,7 +33,7 @@ class CudaError(RuntimeError):
 
 
 class Gpu:
-    """The first GPU. `run` has the interface of the executor in tests/shader_executor.py."""
+    """The first GPU. `run` has the interface of the executor in tests/metal/shader_executor.py."""
 
     def __init__(self) -> None:
         self._cuda = ctypes.CDLL("libcuda.so.1")

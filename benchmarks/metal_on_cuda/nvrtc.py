@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent.parent
 SHADERS = ROOT / "metal"
 INCLUDES = [Path(__file__).parent, SHADERS, ROOT / "tests" / "metal" / "executor" / "include"]
 
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "metal"))
 from shader_arguments import K  # noqa: E402
 
 _PLACES = {

@@ -10,7 +10,6 @@ from flashmoe.generate.answer import Answer, Delta
 from flashmoe.generate.conversations import Conversations, Snapshot
 from flashmoe.generate.engine import Engine
 from flashmoe.generate.parse import AnswerParser
-from flashmoe.generate.processors import Floats
 from flashmoe.generate.prompt import Prompt, Prompts
 from flashmoe.generate.state import State
 from flashmoe.generate.stats import Meter
@@ -54,33 +53,29 @@ class Turn:
         self._found = self._conversations.longest(self.prompt.ids)
         return self._given or State(self._engine, self._begun(), [])
 
-    def begin(self, state: State) -> Floats | None:
-        """Makes the state hold the prompt; the logits that follow it if all is computed."""
+    def begin(self, state: State) -> None:
+        """Makes the state hold the prompt."""
         ids, found = self.prompt.ids, self._found
         if state is self._given:
             held = state._native.position
-            of_this = held < len(ids) and state._tokens[:held] == ids[:held]
-            if of_this and held >= (found.position if found else 0):
-                found = None
-            else:
+            of_this = held <= len(ids) and state._tokens[:held] == ids[:held]
+            if not of_this or held < (found.position if found else 0):
                 state._native = self._begun()
         state._tokens = list(ids)
-        return found.logits if found and found.position == len(ids) else None
 
     def meter(self) -> Meter:
         self._meter = self._new_meter()
         return self._meter
 
-    def mark(self, state: State, logits: Floats) -> None:
+    def mark(self, state: State) -> None:
         """Keeps a snapshot of the prompt so far."""
-        whole = state._native.position == len(self.prompt.ids)
-        self._keep(state._native.fork(), self.prompt.ids, logits if whole else None)
+        self._keep(state._native.fork(), self.prompt.ids)
 
     def end(self, state: State) -> None:
         """Keeps what was computed, however it ended."""
         self._drawn = state._tokens[len(self.prompt.ids) :]
         shared = state is self._given
-        self._keep(state._native.fork() if shared else state._native, state._tokens, None)
+        self._keep(state._native.fork() if shared else state._native, state._tokens)
 
     def answer(self, deltas: Iterable[Delta]) -> Answer:
         """The complete answer, which is remembered for later turns."""
@@ -101,8 +96,8 @@ class Turn:
     def _begun(self) -> _native.State:
         return self._found.fork() if self._found else self._engine.native.new_state()
 
-    def _keep(self, native: _native.State, ids: Sequence[int], logits: Floats | None) -> None:
-        self._conversations.keep(native, ids, logits, self.prompt.places)
+    def _keep(self, native: _native.State, ids: Sequence[int]) -> None:
+        self._conversations.keep(native, ids, self.prompt.places)
 
 
 class Chat(Iterator[Delta]):

@@ -240,7 +240,7 @@ class Model:
         a stop string, max_tokens, or when the context is full (`stats.finish_reason`).
 
         Args:
-            prompt: text, or ids. May be empty where a state has an answer to go on with.
+            prompt: text, or ids. May be empty where a state has something to go on with.
             max_tokens: to give out at most; None for as many as the context holds. 0 only adds the
                 prompt to the state.
             seed: the same seed draws the same tokens; None draws others each time.
@@ -254,8 +254,9 @@ class Model:
             ArgumentError: at once, for a value that cannot be used.
             StateError: the prompt does not fit the context, the model is closed, or the state is of
                 another model or in use.
-            ReadError: while iterating, an expert could not be read. The state keeps its tokens: an
-                empty prompt goes on from there.
+            ReadError, OutOfMemoryError: while iterating, an expert could not be read, or the state
+                could not grow. As after Ctrl-C, the state keeps its tokens: an empty prompt goes on
+                from there.
         """
         sampling = self.sampling.override(
             temperature=temperature,
@@ -483,7 +484,10 @@ class Model:
     def _check_room(self, state: State | None, ids: list[int]) -> None:
         """Whether there is something to compute behind a state, and the context holds it."""
         before = 0 if state is None else state.position
-        if not ids and before == (0 if state is None else state._native.position):
+        ready = state is not None and (
+            before > state._native.position or state._native.logits is not None
+        )
+        if not ids and not ready:
             raise ArgumentError("the prompt is empty; give at least one token")
         self._check_fits(before, ids)
 
@@ -497,7 +501,7 @@ class Model:
 
     def _encode(self, prompt: str | Iterable[int]) -> list[int]:
         if isinstance(prompt, str):
-            return self.checkpoint.tokenizer.encode(prompt)
+            return self.checkpoint.encode(prompt)
         vocab = self.config.vocab_size
         if not isinstance(prompt, Iterable) or isinstance(prompt, (bytes, bytearray)):
             raise ArgumentError(f"a prompt is text or a sequence of ids; got {prompt!r}")

@@ -157,7 +157,7 @@ class Prompts:
         written = self._checkpoint.tokenizer.decode(own)
         if _normal(written) != _normal(text[start:end]):
             return
-        own += self._checkpoint.tokenizer.encode(text[end:], special=False)
+        own += self._checkpoint.encode(text[end:], special=False)
         self._ids[_digest(text)] = np.array(own, np.int32).tobytes()
 
     def _end_of_turn(self, text: str, opener: tuple[int, str]) -> int:
@@ -180,10 +180,9 @@ class Prompts:
 
     def _encode(self, text: str) -> list[int]:
         """Its ids: of turns that are remembered those that were drawn."""
-        tokenizer = self._checkpoint.tokenizer
         opener = next((o for o in self._openers.values() if o is not None), None)
         if opener is None or not len(self._ids):
-            return tokenizer.encode(text, special=False)
+            return self._checkpoint.encode(text, special=False)
         ids: list[int] = []
         pending = ""
         digest = hashlib.sha256()
@@ -195,11 +194,11 @@ class Prompts:
                 pending += part
                 continue
             if pending:
-                ids += tokenizer.encode(pending, special=False)
+                ids += self._checkpoint.encode(pending, special=False)
             ids += np.frombuffer(known, np.int32).tolist()
             pending = ""
         if pending:
-            ids += tokenizer.encode(pending, special=False)
+            ids += self._checkpoint.encode(pending, special=False)
         return ids
 
     def _marks(
@@ -255,7 +254,7 @@ class Prompts:
         except ArgumentError:
             return None
         tokenizer = self._checkpoint.tokenizer
-        before = tokenizer.encode(text.partition(content)[0], special=False)
+        before = self._checkpoint.encode(text.partition(content)[0], special=False)
         special = [token for token in before if token in tokenizer.special]
         return (special[-1], tokenizer.token(special[-1])) if special else None
 

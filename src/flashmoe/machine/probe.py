@@ -82,8 +82,11 @@ def disk_rate(files: Sequence[Path], block: int, seconds: float = 0.5) -> float 
     from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415
 
     block = max(block // 4096, 1) * 4096
-    candidates = [f for f in files if f.stat().st_size >= 4 * block]
-    if not candidates or not hasattr(os, "O_DIRECT"):
+    try:
+        candidates = [f for f in files if f.stat().st_size >= 4 * block]
+    except OSError:
+        return None
+    if not candidates:
         return None
     deadline = time.perf_counter() + seconds
 
@@ -92,12 +95,9 @@ def disk_rate(files: Sequence[Path], block: int, seconds: float = 0.5) -> float 
         buffer = mmap.mmap(-1, block)  # page-aligned, as direct reads ask
         while time.perf_counter() < deadline:
             path = choose.choice(candidates)
-            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
-            try:
-                place = choose.randrange((path.stat().st_size - block) // 4096) * 4096
-                total += os.preadv(descriptor, [buffer], place)
-            finally:
-                os.close(descriptor)
+            with open(_open_uncached(path), "rb", buffering=0) as file:
+                file.seek(choose.randrange((path.stat().st_size - block) // 4096) * 4096)
+                total += file.readinto(buffer)
         return total
 
     start = time.perf_counter()
@@ -107,6 +107,17 @@ def disk_rate(files: Sequence[Path], block: int, seconds: float = 0.5) -> float 
     except OSError:
         return None
     return total / (time.perf_counter() - start)
+
+
+def _open_uncached(path: Path) -> int:
+    """A descriptor whose reads go past the page cache. Raises OSError where there is no such."""
+    if sys.platform == "darwin":
+        import fcntl  # noqa: PLC0415
+
+        descriptor = os.open(path, os.O_RDONLY)
+        fcntl.fcntl(descriptor, fcntl.F_NOCACHE, 1)
+        return descriptor
+    return os.open(path, os.O_RDONLY | os.O_DIRECT)
 
 
 def _sysctl(name: str) -> int | None:
@@ -135,7 +146,9 @@ def _cgroup(controller: str) -> list[Path]:
             continue
         # Within a container the path may be the host's, which is not to be seen.
         folder = root / path.lstrip("/")
-        inner = [d for d in (folder, *folder.parents) if d.is_relative_to(root) and d.is_dir()]
+        inner = [
+            d for d in (folder, *folder.parents) if d.is_relative_to(root) and os.path.isdir(d)
+        ]
         return inner or [root]
     return []
 

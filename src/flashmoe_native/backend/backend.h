@@ -5,12 +5,12 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <functional>
-#include <memory>
 #include <span>
 
 #include "core/dtype.h"
 #include "core/file.h"
+#include "core/memory.h"
+#include "core/spec.h"
 
 namespace flashmoe {
 
@@ -27,6 +27,12 @@ struct Matrix {
   const std::byte* scales = nullptr;  // [rows, cols / group]
   const std::byte* biases = nullptr;  // [rows, cols / group]
 };
+
+// A matrix whose weight (and scales and biases) begin at `parts`.
+inline Matrix make_matrix(const Format& format, const std::byte* const (&parts)[3]) {
+  return {format.rows,  format.cols, format.dtype, format.bits,
+          format.group, parts[0],    parts[1],     parts[2]};
+}
 
 // out[t, row] = weight · x[t], or added to what out holds; out is [n, weight->rows].
 struct Product {
@@ -103,10 +109,8 @@ struct CombineCall {
 
 class Backend {
  public:
-  // Page-aligned, 2 MiB-aligned when at least as large, zeroed; freed with the backend still alive.
-  using Buffer = std::unique_ptr<std::byte[], std::function<void(std::byte*)>>;
-
   virtual ~Backend() = default;
+  // Page-aligned, 2 MiB-aligned when at least as large, zeroed; freed with the backend still alive.
   virtual Buffer allocate(size_t bytes) = 0;
   // Bytes; a power of two, at most 4096.
   virtual int weight_alignment() const = 0;

@@ -68,30 +68,28 @@ struct OwnedMatrix {
 
   OwnedMatrix(int rows, int cols, const std::string& dtype, std::vector<Bytes> arrays, int bits,
               int group)
-      : matrix{rows, cols, parse_dtype(dtype), bits, group}, parts(std::move(arrays)) {
+      : parts(std::move(arrays)) {
+    const Format format{rows, cols, parse_dtype(dtype), bits, group};
     if (bits == 0 ? group != 0 : bits != 2 && bits != 4 && bits != 8) {
       throw std::invalid_argument("bits must be 2, 4, 8, or 0 with group 0 for a dense matrix");
     }
     if (bits != 0 && ((group != 32 && group != 64 && group != 128) || cols % group != 0)) {
       throw std::invalid_argument("group must be 32, 64 or 128 and divide the columns");
     }
-    const int64_t cells = int64_t{rows} * cols;
-    const int64_t element = static_cast<int64_t>(size_of(matrix.dtype));
-    std::vector<int64_t> bytes = {cells * element};
-    if (bits != 0) bytes = {cells * bits / 8, cells / group * element, cells / group * element};
-    if (parts.size() != bytes.size()) {
-      throw std::invalid_argument("expected " + std::to_string(bytes.size()) + " parts, found " +
+    if (static_cast<int>(parts.size()) != format.parts()) {
+      throw std::invalid_argument("expected " + std::to_string(format.parts()) + " parts, found " +
                                   std::to_string(parts.size()));
     }
-    const std::byte** into[] = {&matrix.weight, &matrix.scales, &matrix.biases};
-    for (size_t i = 0; i < parts.size(); ++i) {
-      if (static_cast<int64_t>(parts[i].nbytes()) != bytes[i]) {
+    const std::byte* pointers[3] = {};
+    for (int i = 0; i < format.parts(); ++i) {
+      if (static_cast<int64_t>(parts[i].nbytes()) != format.part_bytes(i)) {
         throw std::invalid_argument("part " + std::to_string(i) + ": expected " +
-                                    std::to_string(bytes[i]) + " bytes, found " +
+                                    std::to_string(format.part_bytes(i)) + " bytes, found " +
                                     std::to_string(parts[i].nbytes()));
       }
-      *into[i] = static_cast<const std::byte*>(parts[i].data());
+      pointers[i] = static_cast<const std::byte*>(parts[i].data());
     }
+    matrix = make_matrix(format, pointers);
   }
 };
 
@@ -101,12 +99,7 @@ using ExpertTuple = std::tuple<const OwnedMatrix*, const OwnedMatrix*, const Own
 class Ops {
  public:
   Ops(const std::string& precision, int threads) {
-    if (precision != "float32" && precision != "int8") {
-      throw std::invalid_argument("precision must be \"float32\" or \"int8\", not \"" + precision +
-                                  "\"");
-    }
-    backend_ =
-        make_cpu_backend(precision == "int8" ? Precision::kInt8 : Precision::kFloat32, threads);
+    backend_ = make_cpu_backend(parse_precision(precision), threads);
   }
 
   Out<float> embed(const OwnedMatrix& table, In<int32_t> ids) {

@@ -7,6 +7,8 @@
 
 #include "core/error.h"
 #include "core/finite.h"
+#include "core/round.h"
+#include "core/stopwatch.h"
 
 namespace flashmoe {
 namespace {
@@ -19,38 +21,23 @@ constexpr float kHalfLife = 64;
 constexpr float kPinned = std::numeric_limits<float>::infinity();
 constexpr float kEmpty = -1;
 
-using Clock = std::chrono::steady_clock;
-
-double seconds_since(Clock::time_point start) {
-  return std::chrono::duration<double>(Clock::now() - start).count();
-}
-
-int64_t round_up(int64_t value, int64_t to) {
-  return (value + to - 1) / to * to;
-}
-
 const Format* formats(const ExpertsSpec& spec, int matrix) {
   const Format* all[] = {&spec.gate, &spec.up, &spec.down};
   return all[matrix];
 }
 
-int64_t round_down(int64_t value, int64_t to) {
-  return value / to * to;
-}
-
 Matrix matrix_at(const Format& format, const std::byte* slot, const int64_t*& part) {
   const std::byte* parts[3] = {};
   for (int i = 0; i < format.parts(); ++i) parts[i] = slot + *part++;
-  return {format.rows,  format.cols, format.dtype, format.bits,
-          format.group, parts[0],    parts[1],     parts[2]};
+  return make_matrix(format, parts);
 }
 
-// Whether every part may be read past the page cache and used where it then lies.
+// Whether every file with experts may be read past the page cache.
 bool can_read_direct(const std::vector<std::unique_ptr<File>>& files,
-                     const std::vector<ExpertsSpec>& layers, int64_t alignment) {
+                     const std::vector<ExpertsSpec>& layers) {
   for (const ExpertsSpec& spec : layers) {
     for (const Extent& extent : spec.extents) {
-      if (extent.offset % alignment != 0 || !files[extent.file]->open_direct()) return false;
+      if (!files[extent.file]->open_direct()) return false;
     }
   }
   return true;
@@ -65,8 +52,7 @@ ExpertStore::ExpertStore(Backend& backend, IoQueue& io,
       files_(files),
       layers_(layers),
       alignment_(backend.weight_alignment()),
-      direct_(options.direct && can_read_direct(files, layers, alignment_)),
-      slab_(nullptr, [](std::byte*) {}) {
+      direct_(options.direct && can_read_direct(files, layers)) {
   int64_t largest = 0, total = 0;
   for (const ExpertsSpec& spec : layers_) {
     const int experts = static_cast<int>(spec.extents.size()) / spec.parts();
@@ -105,7 +91,8 @@ void ExpertStore::unpin(int slot) {
   ++unpinned_;
 }
 
-void ExpertStore::age(int tokens) {
+void ExpertStore::end_pass(int tokens) {
+  release();
   weight_ *= std::exp2(static_cast<float>(tokens) / kHalfLife);
   if (weight_ < 1e20f) return;
   const float factor = 1 / weight_;  // what becomes zero was used long ago
@@ -124,20 +111,23 @@ void ExpertStore::forget(int slot) {
 ExpertStore::Layout ExpertStore::layout(const ExpertsSpec& spec, int expert) const {
   Layout result;
   const Extent* extent = &spec.extents[static_cast<size_t>(expert) * spec.parts()];
-  // A direct read begins and ends at whole units, in the file and in the slot.
-  const int64_t unit = direct_ ? File::kDirectUnit : 1;
   for (int part = 0; part < spec.parts(); ++part, ++extent) {
+    // A direct read begins and ends at whole units, in the file and in the slot, where a part then
+    // lies as aligned as in the file. If that is not enough for kernels, the page cache reads it.
+    const bool direct = direct_ && (File::kDirectUnit == 1 || extent->offset % alignment_ == 0);
+    const int64_t unit = direct ? File::kDirectUnit : 1;
     const int64_t begin = round_down(extent->offset, unit);
     const int64_t end = extent->offset + extent->length;
     Piece* last = result.pieces.empty() ? nullptr : &result.pieces.back();
     // Neighbours in the file are one read, where the next part then lies as it should.
     const int64_t gap = last ? begin - (last->offset + last->length) : -1;
-    if (last && last->file == extent->file && extent->offset >= last->offset && gap <= kMaxGap &&
+    if (last && last->file == extent->file && last->direct == direct &&
+        extent->offset >= last->offset && gap <= kMaxGap &&
         (extent->offset - last->offset + last->slot_offset) % alignment_ == 0) {
       last->length = std::max(last->length, end - last->offset);
     } else {
       const int64_t slot_offset = round_up(result.bytes, std::max(unit, alignment_));
-      result.pieces.push_back({extent->file, begin, end - begin, slot_offset});
+      result.pieces.push_back({extent->file, begin, end - begin, slot_offset, direct});
       last = &result.pieces.back();
     }
     result.parts[part] = last->slot_offset + extent->offset - last->offset;
@@ -146,9 +136,11 @@ ExpertStore::Layout ExpertStore::layout(const ExpertsSpec& spec, int expert) con
   return result;
 }
 
-void ExpertStore::start(int layer, std::span<const int32_t> experts,
-                        std::span<const int32_t> uses) {
+void ExpertStore::start(int layer, std::span<const int32_t> experts, std::span<const int32_t> uses,
+                        bool then_next) {
+  release();
   layer_ = layer;
+  then_next_ = then_next;
   for (size_t i = 0; i < experts.size(); ++i) {
     uses_[index(layer, experts[i])] += weight_ * static_cast<float>(uses[i]);
   }
@@ -184,6 +176,13 @@ void ExpertStore::start(int layer, std::span<const int32_t> experts,
     statistics_.misses += static_cast<int64_t>(experts.size()) - hits;
   }
   read_backlog();
+  read_next_layer();
+}
+
+void ExpertStore::read_next_layer() {
+  if (!then_next_ || starved()) return;
+  then_next_ = false;
+  read_ahead(layer_ + 1);
 }
 
 void ExpertStore::read_ahead(int layer) {
@@ -244,18 +243,21 @@ bool ExpertStore::try_read(int layer, int expert, bool ahead) {
 void ExpertStore::read(int slot, const Piece& piece) {
   std::string error;
   int64_t cached = 0;
-  const auto start = Clock::now();
+  Stopwatch watch;
   try {
     std::byte* const to = memory(slot) + piece.slot_offset;
-    if (direct_) {
-      files_[piece.file]->read_direct(piece.offset, piece.length, to);
+    const File& file = *files_[piece.file];
+    if (piece.direct) {
+      file.read_direct(piece.offset, piece.length, to);
     } else {
-      cached = files_[piece.file]->read(piece.offset, piece.length, to);
+      cached = file.read(piece.offset, piece.length, to);
+      // What a slot keeps is not kept twice.
+      if (direct_) file.forget(piece.offset, piece.length);
     }
   } catch (const ReadError& caught) {
     error = caught.what();
   }
-  const double elapsed = seconds_since(start);
+  const double elapsed = watch.lap();
   std::lock_guard lock(mutex_);
   if (!error.empty()) slots_[slot].error = error;
   statistics_.reads += 1;
@@ -279,18 +281,23 @@ ExpertStore::Arrived ExpertStore::arrived(int slot) const {
   return result;
 }
 
-std::span<const ExpertStore::Arrived> ExpertStore::next(const std::function<void()>& check) {
+std::span<const ExpertStore::Arrived> ExpertStore::next(const std::function<void()>& finish,
+                                                        const std::function<void()>& check) {
+  if (starved()) {
+    finish();
+    release();
+  }
   while (ready_.empty() && in_flight_ > 0 && (wanted_ > 0 || starved())) {
     {
       std::unique_lock lock(mutex_);
-      const auto start = Clock::now();
+      Stopwatch watch;
       while (!landed_wake_.wait_for(lock, std::chrono::milliseconds(50),
                                     [&] { return !landed_.empty(); })) {
         lock.unlock();
         check();
         lock.lock();
       }
-      statistics_.wait_seconds += seconds_since(start);
+      statistics_.wait_seconds += watch.lap();
     }
     const std::string error = absorb_landed();
     if (!error.empty()) {
@@ -299,6 +306,7 @@ std::span<const ExpertStore::Arrived> ExpertStore::next(const std::function<void
     }
     read_backlog();
   }
+  read_next_layer();
   return ready();
 }
 
@@ -347,6 +355,7 @@ void ExpertStore::release() {
 void ExpertStore::cancel() {
   backlog_.clear();
   backlog_at_ = 0;
+  then_next_ = false;
   while (in_flight_ > 0) {
     {
       std::unique_lock lock(mutex_);

@@ -1,22 +1,16 @@
 #include "model/engine.h"
 
 #include <algorithm>
-#include <chrono>
 
 #include "backend/cpu/cpu_backend.h"
 #include "backend/metal/metal_backend.h"
 #include "core/error.h"
+#include "core/stopwatch.h"
 
 namespace flashmoe {
 namespace {
 
 constexpr int kReadsAtOnce = 8;
-
-Precision parse_precision(const std::string& name) {
-  if (name == "float32") return Precision::kFloat32;
-  if (name == "int8") return Precision::kInt8;
-  throw std::invalid_argument("precision is not \"float32\" or \"int8\": " + name);
-}
 
 std::unique_ptr<Backend> make_backend(const Engine::Options& options) {
   if (options.backend == "cpu") {
@@ -76,7 +70,7 @@ State Engine::new_state() {
 void Engine::forward(State& state, std::span<const int32_t> ids, const Output& out,
                      const std::function<void()>& check) {
   require_open();
-  const auto start = std::chrono::steady_clock::now();
+  Stopwatch watch;
   const auto chunk = static_cast<size_t>(forward_->chunk());
   for (size_t begin = 0; begin < ids.size(); begin += chunk) {
     const auto part = ids.subspan(begin, std::min(chunk, ids.size() - begin));
@@ -91,8 +85,7 @@ void Engine::forward(State& state, std::span<const int32_t> ids, const Output& o
     rows_ += static_cast<int64_t>(part.size());
     forward_->run(state, part, of_part, check);
   }
-  forward_seconds_ +=
-      std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  forward_seconds_ += watch.lap();
 }
 
 Engine::Statistics Engine::statistics() const {

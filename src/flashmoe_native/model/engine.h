@@ -11,11 +11,11 @@
 #include "backend/backend.h"
 #include "core/file.h"
 #include "core/io_queue.h"
+#include "core/spec.h"
 #include "core/turn.h"
 #include "experts/expert_store.h"
 #include "model/config.h"
 #include "model/forward.h"
-#include "model/spec.h"
 #include "model/state.h"
 #include "model/weights.h"
 

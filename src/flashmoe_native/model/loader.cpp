@@ -40,7 +40,7 @@ Loader::~Loader() {
 std::byte* Loader::place(const std::vector<Extent>& extents, int64_t length) {
   if (extents.size() == 1 && length > kSharedBlock / 4) {
     const Extent& extent = extents.front();
-    Backend::Buffer mapped = backend_.map(*files_[extent.file], extent.offset, length);
+    Buffer mapped = backend_.map(*files_[extent.file], extent.offset, length);
     if (mapped) {
       bytes_ += length;
       buffers_.push_back(std::move(mapped));
@@ -101,7 +101,7 @@ void Loader::read(const std::vector<Extent>& extents, std::byte* to) {
 
 Matrix Loader::matrix(const std::string& name) {
   const auto& [format, extents] = find(spec_.matrices, name);
-  std::byte* parts[3] = {};
+  const std::byte* parts[3] = {};
   for (int part = 0; part < format.parts(); ++part) {
     parts[part] = place(extents[part], format.part_bytes(part));
     if (part > 0 || format.bits == 0) {
@@ -110,8 +110,7 @@ Matrix Loader::matrix(const std::string& name) {
                            format.part_bytes(part), format.dtype});
     }
   }
-  return {format.rows,  format.cols, format.dtype, format.bits,
-          format.group, parts[0],    parts[1],     parts[2]};
+  return make_matrix(format, parts);
 }
 
 std::vector<float> Loader::floats(const std::string& name) {

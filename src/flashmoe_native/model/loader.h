@@ -11,7 +11,7 @@
 #include "backend/backend.h"
 #include "core/file.h"
 #include "core/io_queue.h"
-#include "model/spec.h"
+#include "core/spec.h"
 #include "model/weights.h"
 
 namespace flashmoe {
@@ -36,7 +36,7 @@ class Loader {
   void finish(const Progress& progress);
 
   int64_t bytes() const { return bytes_; }
-  std::vector<Backend::Buffer> take_buffers() { return std::move(buffers_); }
+  std::vector<Buffer> take_buffers() { return std::move(buffers_); }
 
  private:
   struct Part {
@@ -59,7 +59,7 @@ class Loader {
   IoQueue& io_;
   const std::vector<std::unique_ptr<File>>& files_;
   const CheckpointSpec& spec_;
-  std::vector<Backend::Buffer> buffers_;
+  std::vector<Buffer> buffers_;
   std::byte* block_ = nullptr;  // what is left of a block that small tensors share
   int64_t block_left_ = 0;
   int64_t bytes_ = 0;

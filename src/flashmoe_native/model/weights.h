@@ -9,8 +9,8 @@
 #include "backend/backend.h"
 #include "core/file.h"
 #include "core/io_queue.h"
+#include "core/spec.h"
 #include "model/config.h"
-#include "model/spec.h"
 
 namespace flashmoe {
 
@@ -54,7 +54,7 @@ class Weights {
   int64_t bytes = 0;
 
  private:
-  std::vector<Backend::Buffer> buffers_;
+  std::vector<Buffer> buffers_;
 };
 
 }  // namespace flashmoe

@@ -345,6 +345,12 @@ void CpuBackend::experts(int n, const float* x, std::span<const ExpertCall> call
 
 }  // namespace
 
+Precision parse_precision(const std::string& name) {
+  if (name == "float32") return Precision::kFloat32;
+  if (name == "int8") return Precision::kInt8;
+  throw std::invalid_argument("precision must be \"float32\" or \"int8\", not \"" + name + "\"");
+}
+
 std::unique_ptr<Backend> make_cpu_backend(Precision precision, int threads) {
   if (threads < 1) {
     throw std::invalid_argument("threads must be at least 1, not " + std::to_string(threads));

@@ -1,7 +1,7 @@
-"""The shaders compile for an NVIDIA GPU, with NVRTC, which needs none (pip install '.[nvrtc]').
+"""The shaders compile for an NVIDIA GPU, with NVRTC, which needs none (pip install '.[metal]').
 
 benchmarks/metal_on_cuda runs them there, and `FLASHMOE_SHADERS_ON=cuda pytest
-tests/test_metal_kernels.py` the tests of every kernel.
+tests/metal/test_kernels.py` the tests of every kernel.
 """
 
 import sys
@@ -19,7 +19,7 @@ def _library() -> None:
     try:
         nvrtc.library()
     except (ImportError, OSError) as error:
-        pytest.skip(str(error))  # not among the tests' packages: .ci/run has a step with '.[nvrtc]'
+        pytest.skip(str(error))  # it is made for Linux on x86-64
 
 
 @pytest.mark.parametrize("file", sorted({path.name for path, _ in nvrtc.kernels().values()}))

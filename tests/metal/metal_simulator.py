@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 HOST = ROOT / "src" / "flashmoe_native" / "backend" / "metal"
 PROFILE = Path("/usr/lib/llvm-19/lib/clang/19/lib/linux/libclang_rt.profile-x86_64.a")
 PACKAGES = "clang-19 llvm-19 libclang-rt-19-dev gobjc++ libgnustep-base-dev libblocksruntime-dev"
@@ -123,7 +123,9 @@ class Simulator:
         Raises FailedError with its stderr where it fails, leaks or misuses Metal.
         """
         environment = dict(os.environ)
-        environment["PYTHONPATH"] = f"{site or self.site}:{Path(__file__).parent}"
+        environment["PYTHONPATH"] = os.pathsep.join(
+            map(str, (site or self.site, ROOT / "tests", Path(__file__).parent))
+        )
         environment["LLVM_PROFILE_FILE"] = str(self.profiles / "%p.profraw")
         for name, value in (settings or {}).items():
             environment[f"METAL_SIMULATOR_{name}"] = str(value)

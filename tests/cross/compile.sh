@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # The Python module compiled and linked for arm64, on Linux and on macOS, by zig: the same CMake
 # build, warnings included, with this machine's Python headers. Nothing is run (test_neon.py does).
-#     tests/cross.sh BUILD_DIRECTORY       needs cmake, ninja, nanobind and ziglang
+#     tests/cross/compile.sh BUILD_DIRECTORY       needs cmake, ninja, nanobind and ziglang
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 mkdir -p "$1"
 build=$(cd "$1" && pwd)
 python=$(command -v python3)

@@ -8,12 +8,9 @@ import pytest
 from engines import TestEngine, random_ids, spread
 from metal_simulator import Simulator
 
-pytestmark = pytest.mark.reference  # the checkpoints are made by transformers and mlx
-
 BOUND = 2e-3  # of the logits' standard deviation
 GetCheckpoint = Callable[[str], Path]
-MLX = [name for name in checkpoints.VARIANTS if name.startswith("mlx-")]
-VARIANTS = [*checkpoints.PARITY, "bf16", "f16", "nested-bf16-sharded", *MLX]
+VARIANTS = [*checkpoints.PARITY, "bf16", "f16", "nested-bf16-sharded", *checkpoints.MLX]
 
 
 @pytest.mark.parametrize("name", VARIANTS)

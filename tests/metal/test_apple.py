@@ -2,7 +2,7 @@
 Apple's compiler understands one. They are MLX's, from its wheel for macOS:
 
     pip download --no-deps --only-binary=:all: --platform macosx_14_0_arm64 -d . mlx-metal==0.32.4
-    FLASHMOE_MLX_METAL=. pytest tests/test_metal_apple.py
+    FLASHMOE_MLX_METAL=. pytest tests/metal/test_apple.py
 """
 
 import os
@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import test_metal_kernels as ours
+import test_kernels as ours
 from apple_kernels import build, missing_tools
 from shader_dispatch import F32, Array, product, random_weight, rms_norm, rms_norm_reference
 from shader_executor import DispatchError, Executor
-from test_metal_kernels import assert_close, empty, normal, rng
+from test_kernels import assert_close, empty, normal, rng
 
 executor = ours.executor  # our kernels
 

@@ -41,7 +41,7 @@ def _is_gcc() -> bool:
 def test_every_line_of_the_kernels_is_executed(tmp_path: Path) -> None:
     library = build(tmp_path, flags=["-O0", "--coverage"])
     environment = {**os.environ, "FLASHMOE_SHADER_LIBRARY": str(library)}
-    command = [sys.executable, "-m", "pytest", "-q", str(ROOT / "tests" / "test_metal_kernels.py")]
+    command = [sys.executable, "-m", "pytest", "-q", str(ROOT / "tests/metal/test_kernels.py")]
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
     counts = _counts(tmp_path)
     assert set(counts) >= {path.name for path in SHADERS.glob("*.metal")}

@@ -44,12 +44,34 @@ def compile_for_macos(
     return result.stderr if result.returncode else ""
 
 
-SOURCES = [*sorted(HOST.glob("*.mm")), ROOT / "src/flashmoe_native/core/io_queue_gcd.cpp"]
+CORE = ROOT / "src" / "flashmoe_native" / "core"
+SOURCES = [*sorted(HOST.glob("*.mm")), CORE / "io_queue_gcd.cpp", CORE / "file.cpp"]
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
 def test_clang_for_macos_accepts(source: Path, tmp_path: Path) -> None:
     assert compile_for_macos(source, tmp_path / "out.o", "-c") == ""
+
+
+@pytest.mark.parametrize(
+    ("architectures", "processor", "named"),
+    [
+        ("arm64", "x86_64", ""),
+        ("", "arm64", ""),
+        ("", "x86_64", "built for x86_64"),
+        ("arm64;x86_64", "arm64", "built for arm64 and x86_64"),
+    ],
+)
+def test_only_apple_silicon_is_built_for(architectures: str, processor: str, named: str) -> None:
+    command = ["cmake", f"-DCMAKE_OSX_ARCHITECTURES={architectures}"]
+    command += [
+        f"-DCMAKE_SYSTEM_PROCESSOR={processor}",
+        "-P",
+        str(HOST.parents[1] / "apple_silicon.cmake"),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (result.returncode != 0) == bool(named)
+    assert named in " ".join(result.stderr.split())
 
 
 def test_clang_for_macos_rejects_a_misspelt_selector(tmp_path: Path) -> None:
@@ -219,7 +241,6 @@ def test_errors_of_the_compiler_and_of_absent_kernels(simulator: Simulator, tmp_
     assert "cannot compile the kernels: program_source: #error half a kernel" in answer
 
 
-@pytest.mark.reference
 def test_shapes_without_a_kernel_are_named(simulator: Simulator, checkpoint: GetCheckpoint) -> None:
     answer = simulator.python(TRY, str(checkpoint("heads-of-48")))
     assert 'no kernel for attention heads of 48; use backend="cpu"' in answer
