@@ -29,7 +29,7 @@ def one_pass(engine: _native.Engine) -> Callable[[], np.ndarray]:
 
 
 def calls(engine: _native.Engine) -> dict[str, Callable[[], object]]:
-    """Everything that uses an engine or a state of it."""
+    """Everything that uses an engine or a state of it and waits for its turn."""
     state, other = engine.new_state(), engine.new_state()
     tensors = other.export()
     return {
@@ -37,7 +37,6 @@ def calls(engine: _native.Engine) -> dict[str, Callable[[], object]]:
         "layer_times": engine.layer_times,
         "new_state": engine.new_state,
         "forward": lambda: engine.forward(state, PROMPT[:3]),
-        "fork": other.fork,
         "export": other.export,
         "restore": lambda: other.restore(0, tensors),
         "close": engine.close,

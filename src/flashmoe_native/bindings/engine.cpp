@@ -7,6 +7,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <atomic>
 #include <chrono>
 #include <cstring>
 #include <new>
@@ -109,11 +110,21 @@ ModelConfig to_config(const nb::dict& values) {
   return config;
 }
 
+// Who wants passes: another thread may say that it does not any more.
+struct Request {
+  std::atomic<bool> cancelled = false;
+  std::atomic<double> seconds = 0;  // of its latest pass, without the wait for its turn
+};
+
 // Runs Python's signal handlers (Ctrl-C) now and then from native code that released the GIL;
-// taking it back may wait for other threads, so not at every call.
+// taking it back may wait for other threads, so not at every call. Throws Stopped where
+// the request is cancelled.
 class SignalCheck {
  public:
+  explicit SignalCheck(const Request* request = nullptr) : request_(request) {}
+
   void operator()() {
+    if (request_ && request_->cancelled) throw Stopped("the work was cancelled");
     const auto now = Clock::now();
     if (now - last_ < std::chrono::milliseconds(20)) return;
     last_ = now;
@@ -123,6 +134,7 @@ class SignalCheck {
 
  private:
   using Clock = std::chrono::steady_clock;
+  const Request* request_;
   Clock::time_point last_ = Clock::now();
 };
 
@@ -137,7 +149,27 @@ struct PyState {
   State state;
   // What the latest pass predicts, float32 [vocab], or None: whatever interrupts Python between a
   // pass and the use of its result, the prediction is not lost. Never written to.
-  nb::object logits = nb::none();
+  nb::object logits;
+  std::atomic<bool> in_use = false;
+
+  PyState(Engine& engine, State state, nb::object logits = nb::none())
+      : engine(engine), state(std::move(state)), logits(std::move(logits)) {}
+
+  // Holds a state for one call, or throws StateError.
+  class Use {
+   public:
+    explicit Use(PyState& self) : self_(self) {
+      if (self_.in_use.exchange(true, std::memory_order_acquire)) {
+        throw StateError("this state is in use by another call; fork() it before, or wait");
+      }
+    }
+    ~Use() { self_.in_use.store(false, std::memory_order_release); }
+    Use(const Use&) = delete;
+    Use& operator=(const Use&) = delete;
+
+   private:
+    PyState& self_;
+  };
 };
 
 nb::object new_array(const std::vector<size_t>& shape, const char* dtype) {
@@ -193,6 +225,7 @@ AnyArray checked_array(const nb::dict& tensors, const std::string& name, DType d
 
 // A state of `position` tokens with what export_state() gave, into a fresh state.
 void restore_state(PyState& self, int64_t position, const nb::dict& tensors) {
+  const PyState::Use use(self);
   const Turn turn = take_turn(self.engine);
   require(self.state.position() == 0, "restore: the state is not a fresh one");
   require(position >= 0 && position <= INT32_MAX, "restore: position is not that of a state");
@@ -239,7 +272,8 @@ nb::dict state_layout(Engine& engine, int64_t position) {
 
 // float32 logits, or with `routing` a tuple of them and int32 [len(ids), layers,
 // experts_per_token].
-nb::object forward(Engine& engine, PyState& state, const Ids& ids, bool all_logits, bool routing) {
+nb::object forward(Engine& engine, PyState& state, const Ids& ids, bool all_logits, bool routing,
+                   Request* request) {
   const auto vocab = static_cast<size_t>(engine.config().vocab_size);
   require(ids.shape(0) > 0, "forward: ids is empty");
   require(&state.engine == &engine, "forward: the state belongs to another model");
@@ -264,10 +298,16 @@ nb::object forward(Engine& engine, PyState& state, const Ids& ids, bool all_logi
     out.routing = reinterpret_cast<int32_t*>(data_of(experts));
   }
   const std::span<const int32_t> tokens(ids.data(), ids.shape(0));
+  const PyState::Use use(state);
   {
     nb::gil_scoped_release release;
-    const Turn turn(engine.turns(), SignalCheck());
-    engine.forward(state.state, tokens, out, SignalCheck());
+    const Turn turn(engine.turns(), SignalCheck(request));
+    const auto start = std::chrono::steady_clock::now();
+    engine.forward(state.state, tokens, out, SignalCheck(request));
+    if (request) {
+      request->seconds =
+          std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    }
   }
   if (all_logits) {
     std::memcpy(last_data, out.logits + (tokens.size() - 1) * vocab, vocab * sizeof(float));
@@ -287,7 +327,7 @@ nb::dict statistics(Engine& engine) {
   result["wait_seconds"] = now.experts.wait_seconds;
   result["expert_hits"] = now.experts.hits;
   result["expert_misses"] = now.experts.misses;
-  result["tokens"] = now.tokens;
+  result["rows"] = now.rows;
   result["forward_seconds"] = now.forward_seconds;
   result["resident_bytes"] = now.resident_bytes;
   result["slot_bytes"] = now.slot_bytes;
@@ -348,6 +388,7 @@ void bind_engine(nb::module_& m) {
   translate<OutOfMemoryError>("OutOfMemoryError");
   translate<ReadError>("ReadError");
   translate<StateError>("StateError");
+  translate<Stopped>("StoppedError");
 
   nb::class_<Format>(m, "Format")
       .def(
@@ -369,19 +410,31 @@ void bind_engine(nb::module_& m) {
            "plus_one"_a = false)
       .def("add_experts", add_experts, "gate"_a, "up"_a, "down"_a, "extents"_a);
 
+  nb::class_<Request>(m, "Request")
+      .def(nb::init<>())
+      .def("cancel", [](Request& self) { self.cancelled = true; })
+      .def_prop_ro("cancelled", [](const Request& self) { return self.cancelled.load(); })
+      .def_prop_ro("seconds", [](const Request& self) { return self.seconds.load(); });
+
   nb::class_<PyState>(m, "State")
       .def_prop_ro("position", [](const PyState& self) { return self.state.position(); })
       .def_prop_ro("nbytes", [](const PyState& self) { return self.state.bytes(); })
+      .def_prop_ro("shared",
+                   [](const PyState& self) {
+                     const KeyValues& shared = self.state.key_values();
+                     return nb::make_tuple(reinterpret_cast<uintptr_t>(&shared),
+                                           shared.bytes.load());
+                   })
       .def(
           "fork",
           [](PyState& self) {
+            const PyState::Use use(self);
             std::optional<State> copy;
             {
               const nb::gil_scoped_release release;
-              const Turn turn(self.engine.turns(), SignalCheck());
               copy = self.state.fork();
             }
-            return new PyState{self.engine, std::move(*copy), self.logits};
+            return new PyState(self.engine, std::move(*copy), self.logits);
           },
           nb::rv_policy::take_ownership, nb::keep_alive<0, 1>())
       .def_prop_ro("logits", [](const PyState& self) { return self.logits; })
@@ -421,11 +474,12 @@ void bind_engine(nb::module_& m) {
           [](Engine& self) {
             const nb::gil_scoped_release release;
             const Turn turn(self.turns(), SignalCheck());
-            return new PyState{self, self.new_state()};
+            return new PyState(self, self.new_state());
           },
           nb::rv_policy::take_ownership, nb::keep_alive<0, 1>())
       .def("state_layout", state_layout, "position"_a)
-      .def("forward", forward, "state"_a, "ids"_a, "all_logits"_a = false, "routing"_a = false)
+      .def("forward", forward, "state"_a, "ids"_a, "all_logits"_a = false, "routing"_a = false,
+           "request"_a = nb::none())
       .def("stats", statistics)
       .def("layer_times", layer_times)
       .def("close", [](Engine& self) {

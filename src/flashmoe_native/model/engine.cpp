@@ -82,8 +82,8 @@ void Engine::forward(State& state, std::span<const int32_t> ids, const Output& o
       of_part.logits = nullptr;
     }
     if (out.routing) of_part.routing += begin * config_.layers() * config_.experts_per_token;
+    rows_ += static_cast<int64_t>(part.size());
     forward_->run(state, part, of_part, check);
-    tokens_ += static_cast<int64_t>(part.size());
   }
   forward_seconds_ += watch.lap();
 }
@@ -91,7 +91,7 @@ void Engine::forward(State& state, std::span<const int32_t> ids, const Output& o
 Engine::Statistics Engine::statistics() const {
   require_open();
   return {.experts = store_->statistics(),
-          .tokens = tokens_,
+          .rows = rows_,
           .forward_seconds = forward_seconds_,
           .resident_bytes = weights_->bytes,
           .slot_bytes = store_->slot_bytes(),

@@ -134,7 +134,7 @@ void Forward::linear_attention(int layer, int n, const State& state) {
 
 void Forward::full_attention(int layer, int n, State& state) {
   const AttentionWeights& w = weights_.layers[layer].self_attn;
-  const KeyValueCache& cache = state.caches[layer];
+  const KeyValueCache& cache = state.cache(layer);
   const Product inputs[] = {
       {&w.q_proj, act_.query}, {&w.k_proj, act_.key}, {&w.v_proj, act_.value}};
   backend_.matmul(n, act_.normed, inputs);
