@@ -12,6 +12,9 @@ import flashmoe
 
 SHADERS = Path(__file__).parents[1] / "metal"
 _LIST = """
+import sys
+# Else an editable install would come before PYTHONPATH.
+sys.meta_path = [f for f in sys.meta_path if type(f).__name__ != "ScikitBuildRedirectingFinder"]
 from flashmoe.generate.engine import kernel_sources
 folder = kernel_sources()
 assert kernel_sources() == folder
