@@ -214,10 +214,9 @@ import sys, flashmoe
 from flashmoe.errors import DeviceError
 from pathlib import Path
 from engines import TestEngine
-import engines
-engines.KERNELS = sys.argv[2] if len(sys.argv) > 2 else engines.KERNELS
+kernels = Path(sys.argv[2]) if len(sys.argv) > 2 else None
 try:
-    TestEngine(Path(sys.argv[1]), backend="metal").logits([5, 6, 7])
+    TestEngine(Path(sys.argv[1]), backend="metal", kernels=kernels).logits([5, 6, 7])
 except DeviceError as error:
     print(error)
 """
