@@ -87,7 +87,7 @@ std::vector<StateTensor> State::tensors(int64_t position) const {
     const std::string prefix = "layers." + std::to_string(layer) + ".";
     if (config_->attention_layers[layer]) {
       const KeyValueCache& cache = caches[layer];
-      const auto add = [&](const char* name, const Backend::Buffer& buffer) {
+      const auto add = [&](const char* name, const Buffer& buffer) {
         result.push_back({prefix + name,
                           cache_dtype_,
                           {config_->num_key_value_heads, position, config_->head_dim},
@@ -100,7 +100,7 @@ std::vector<StateTensor> State::tensors(int64_t position) const {
       add("values", cache.values);
     } else {
       const auto add = [&](const char* name, std::vector<int64_t> shape, size_t bytes,
-                           const Backend::Buffer& buffer) {
+                           const Buffer& buffer) {
         result.push_back(
             {prefix + name, DType::F32, std::move(shape), buffer.get(), 1, bytes, bytes});
       };
