@@ -71,22 +71,19 @@ std::byte* Loader::allocate(int64_t length) {
 }
 
 void Loader::submit(const File& file, int64_t offset, int64_t length, std::byte* to) {
-  {
-    std::lock_guard lock(mutex_);
-    submitted_ += length;
-  }
-  io_.submit([this, &file, offset, length, to] {
-    std::string error;
+  io_.submit({[this, &file, offset, length, to] {
+    std::exception_ptr failure;
     try {
       file.read(offset, length, to);
-    } catch (const ReadError& caught) {
-      error = caught.what();
+    } catch (...) {
+      failure = std::current_exception();
     }
     std::lock_guard lock(mutex_);
-    if (!error.empty()) error_ = error;
+    if (failure) failure_ = failure;
     done_ += length;
     done_wake_.notify_one();
-  });
+  }});
+  submitted_ += length;  // now that it was taken: else nobody would ever report it done
 }
 
 void Loader::read(const std::vector<Extent>& extents, std::byte* to) {
@@ -162,7 +159,7 @@ void Loader::finish(const Progress& progress) {
     progress(done, submitted);
     lock.lock();
   }
-  if (!error_.empty()) throw ReadError(error_);
+  if (failure_) std::rethrow_exception(failure_);
   for (const Part& part : to_check_) {
     const int64_t bad = first_not_finite(part.data, part.length, part.dtype);
     if (bad >= 0) not_finite(part.file, *part.name, bad);

@@ -3,6 +3,7 @@
 
 #include <condition_variable>
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -67,8 +68,9 @@ class Loader {
 
   std::mutex mutex_;
   std::condition_variable done_wake_;
-  int64_t submitted_ = 0, done_ = 0;  // bytes; under mutex_
-  std::string error_;                 // under mutex_
+  int64_t submitted_ = 0;       // bytes, by the thread that loads
+  int64_t done_ = 0;            // bytes; under mutex_
+  std::exception_ptr failure_;  // of a read; under mutex_
 };
 
 }  // namespace flashmoe
