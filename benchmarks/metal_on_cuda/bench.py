@@ -248,7 +248,10 @@ def small(bench: Bench) -> None:
         return 1.0 if np.any(ids != expected_ids) else error_of(weights, expected)
 
     bench.line(
-        "route, 512 experts", ops.route(logits, True, ids, weights), logits.nbytes, check_route
+        "route, 512 experts",
+        ops.route(logits, True, ids, weights, np.zeros(1, np.int32)),
+        logits.nbytes,
+        check_route,
     )
     table = random_weight(rng, VOCAB // 8, HIDDEN)
     tokens, rows = rng.integers(0, table.rows, 64).astype(np.int32), empty(64, HIDDEN)
@@ -312,7 +315,7 @@ def layer(bench: Bench, top_k: int, full_attention: bool, position: int = 4096) 
     logits, gate = empty(1, EXPERTS), empty(1, 1)
     products(normed_again, [EXPERTS, 1], [logits, gate], bits=8)
     ids, chosen = np.zeros((1, top_k), np.int32), empty(1, top_k)
-    operations.append(ops.route(logits, True, ids, chosen))
+    operations.append(ops.route(logits, True, ids, chosen, np.zeros(1, np.int32)))
     routed, shared = empty(top_k, HIDDEN), empty(1, HIDDEN)
     calls = random_experts(top_k + 1, [[0]] * (top_k + 1), [routed] * top_k + [shared])
     calls[-1].out_rows = [0]

@@ -124,12 +124,24 @@ class Simulator:
 
         Raises FailedError with its stderr where it fails, leaks or misuses Metal.
         """
+        return self._python(code, arguments, settings or {}, site).stdout
+
+    def trace(self, code: str, *arguments: str, site: Path | None = None) -> list[str]:
+        """As python(), but the lines on stderr, those of the simulator's trace among them."""
+        return self._python(code, arguments, {"TRACE": 1}, site).stderr.splitlines()
+
+    def _python(
+        self,
+        code: str,
+        arguments: Sequence[str],
+        settings: Mapping[str, object],
+        site: Path | None,
+    ) -> "subprocess.CompletedProcess[str]":
         environment = dict(os.environ)
-        environment["PYTHONPATH"] = os.pathsep.join(
-            map(str, (site or self.site, ROOT / "tests", Path(__file__).parent))
-        )
+        path = (site or self.site, Path(__file__).parent, Path(__file__).parents[1])
+        environment["PYTHONPATH"] = os.pathsep.join(map(str, path))
         environment["LLVM_PROFILE_FILE"] = str(self.profiles / "%p.profraw")
-        for name, value in (settings or {}).items():
+        for name, value in settings.items():
             environment[f"METAL_SIMULATOR_{name}"] = str(value)
         command = [sys.executable, "-c", code, *arguments]
         result = subprocess.run(
@@ -137,7 +149,7 @@ class Simulator:
         )
         if result.returncode != 0:
             raise FailedError(result.stderr)
-        return result.stdout
+        return result
 
     def logits(
         self,

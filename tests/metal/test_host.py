@@ -8,6 +8,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -322,11 +323,21 @@ from pathlib import Path
 from engines import TestEngine
 engine = TestEngine(Path(sys.argv[1]), backend="metal")
 print("model.safetensors" in Path("/proc/self/maps").read_text())
+if len(sys.argv) > 2:
+    from flashmoe.errors import ReadError
+    file = Path(sys.argv[1]) / "model.safetensors"
+    with file.open("r+b") as stream:
+        stream.truncate(file.stat().st_size // 2)
+    try:
+        engine.logits([5])
+    except ReadError as error:
+        print(str(error).count("it changed since it was opened"))
 """
     assert simulator.python(code, str(tmp_path)).split() == ["True"]
     assert simulator.python(code, str(demo(simulator))).split() == ["False"]
     ids = random_ids(6000, 5)
     assert spread(simulator.logits(tmp_path, ids), cpu_logits(tmp_path, ids)) <= 2e-3
+    assert simulator.python(code, str(tmp_path), "and truncate it").split() == ["True", "1"]
 
 
 @pytest.mark.parametrize("settings", [{}, {"EAGER": 1, "SEED": 7}])
@@ -350,6 +361,82 @@ def test_more_experts_than_one_dispatch_holds(simulator: Simulator) -> None:
     directory = demo(simulator)
     ours = simulator.logits(directory, ids, cache_bytes=64 << 20)
     assert spread(ours, cpu_logits(directory, ids)) <= 2e-3
+
+
+def test_older_systems_are_told_what_each_encoder_uses(simulator: Simulator) -> None:
+    """macOS 13 and 14, which have no residency sets."""
+    ids = random_ids(6000, 70)
+    directory = demo(simulator)
+    newer = simulator.logits(directory, ids, one_by_one=2, overlap=True)
+    older = simulator.logits(directory, ids, one_by_one=2, overlap=True, settings={"MACOS": 13})
+    assert (newer == older).all()
+
+
+def test_memory_stays_resident_while_nothing_is_asked(simulator: Simulator) -> None:
+    code = """
+import sys, time
+from pathlib import Path
+from engines import TestEngine
+engine = TestEngine(Path(sys.argv[1]), backend="metal")
+engine.logits([5])
+print("idle", file=sys.stderr)
+time.sleep(1.3)
+del engine
+print("closed", file=sys.stderr)
+"""
+    trace = simulator.trace(code, str(demo(simulator)))
+    assert trace[: trace.index("idle")].count("residency requested") >= 1
+    assert trace[trace.index("idle") : trace.index("closed")].count("residency requested") >= 2
+
+
+def test_a_long_prompt_is_committed_in_parts(simulator: Simulator, tmp_path: Path) -> None:
+    ids = random_ids(6000, 40)
+    directory = demo(simulator)
+    site = simulator.mutant(
+        tmp_path / "often", "metal/metal_backend.mm", "tuning().longest_seconds", "1e-4"
+    )
+    code = "import metal_simulator; metal_simulator.run_job()"
+    job = json.dumps({"ids": ids.tolist(), "steps": 0, "options": {}})
+    commits = []
+    for place in (simulator.site, site):
+        out = tmp_path / "logits.npy"
+        trace = simulator.trace(code, str(directory), job, str(out), site=place)
+        commits.append(trace.count("command buffer committed"))
+        assert spread(np.load(out), cpu_logits(directory, ids)) <= 2e-3
+    assert commits[1] > 2 * commits[0]
+
+
+def test_slots_lie_in_pieces_that_the_gpu_allows(simulator: Simulator) -> None:
+    ids = random_ids(6000, 20)
+    directory = demo(simulator)
+    ours = simulator.logits(directory, ids, cache_bytes=16 << 20, settings={"MAX_BUFFER": 4 << 20})
+    assert spread(ours, cpu_logits(directory, ids)) <= 2e-3
+
+
+def test_memory_of_states_is_given_back(simulator: Simulator) -> None:
+    code = """
+import sys
+from pathlib import Path
+from engines import TestEngine
+engine = TestEngine(Path(sys.argv[1]), backend="metal")
+for _ in range(40):
+    engine.logits([5])
+"""
+    simulator.python(code, str(demo(simulator)), settings={"WORKING_SET": 48 << 20})
+
+
+def test_an_expert_that_is_not_finite_is_named(simulator: Simulator, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(demo(simulator), tmp_path / "model"))
+    path = directory / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    length = int.from_bytes(data[:8], "little")
+    tensors = json.loads(data[8 : 8 + length])
+    name = "language_model.model.layers.7.mlp.switch_mlp.down_proj.scales"
+    begin, end = (8 + length + at for at in tensors[name]["data_offsets"])
+    data[begin:end] = b"\xc0\x7f" * ((end - begin) // 2)
+    path.write_bytes(data)
+    code = TRY.replace("DeviceError", "CheckpointError")
+    assert "layer 7, expert" in simulator.python(code, str(directory))
 
 
 def test_half_precision_caches_cost_little(simulator: Simulator) -> None:

@@ -31,6 +31,12 @@ int round_up(int64_t value, int unit) {
   return divide_up(value, unit) * unit;
 }
 
+int32_t is_finite(const float* values, int count) {
+  int finite = 1;
+  for (int i = 0; i < count; ++i) finite &= std::isfinite(values[i]);
+  return finite;
+}
+
 class CpuBackend final : public Backend {
  public:
   CpuBackend(Precision precision, int threads)
@@ -40,7 +46,7 @@ class CpuBackend final : public Backend {
         inputs_(kernels_),
         per_thread_(static_cast<size_t>(pool_.threads())) {}
 
-  Buffer allocate(size_t bytes) override { return allocate_pages(bytes); }
+  Buffer allocate(Memory, size_t bytes, size_t) override { return allocate_pages(bytes); }
   int weight_alignment() const override { return 2; }
   Buffer map(const File&, int64_t, int64_t) override { return nullptr; }
   void finish() override {}
@@ -109,8 +115,10 @@ class CpuBackend final : public Backend {
   }
 
   void attention(int n, const AttentionCall& call) override;
-  void route(int n, int experts, int experts_per_token, bool renormalise, const float* logits,
-             int32_t* ids, float* weights) override;
+  void route(int n, const RouteCall& call) override;
+  void all_finite(int n, int width, const float* x, int32_t* finite) override {
+    for_each(n, width, [&](int t) { finite[t] = is_finite(x + int64_t{t} * width, width); });
+  }
   void experts(int n, const float* x, std::span<const ExpertCall> calls) override;
 
   void combine(int n, const CombineCall& call) override {
@@ -250,12 +258,14 @@ void CpuBackend::attention(int n, const AttentionCall& call) {
   });
 }
 
-void CpuBackend::route(int n, int experts, int experts_per_token, bool renormalise,
-                       const float* logits, int32_t* ids, float* weights) {
-  for_each(n, experts, [&](int t) {
-    const float* logit = logits + int64_t{t} * experts;
-    int32_t* chosen = ids + int64_t{t} * experts_per_token;
-    float* weight = weights + int64_t{t} * experts_per_token;
+void CpuBackend::route(int n, const RouteCall& call) {
+  const int experts = call.experts, experts_per_token = call.experts_per_token;
+  for_each(n, experts + call.hidden, [&](int t) {
+    const float* logit = call.logits + int64_t{t} * experts;
+    int32_t* chosen = call.ids + int64_t{t} * experts_per_token;
+    float* weight = call.weights + int64_t{t} * experts_per_token;
+    call.finite[t] =
+        is_finite(logit, experts) & is_finite(call.x + int64_t{t} * call.hidden, call.hidden);
     int found = 0;  // chosen[0 .. found) holds the largest so far, in falling order
     for (int32_t e = 0; e < experts; ++e) {
       const bool full = found == experts_per_token;
@@ -270,7 +280,7 @@ void CpuBackend::route(int n, int experts, int experts_per_token, bool renormali
     for (int j = 0; j < experts_per_token; ++j) {
       total += weight[j] = std::exp(logit[chosen[j]] - top);
     }
-    if (!renormalise) {
+    if (!call.renormalise) {
       total = 0;
       for (int e = 0; e < experts; ++e) total += std::exp(logit[e] - top);
     }
