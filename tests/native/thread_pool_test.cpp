@@ -64,9 +64,12 @@ void threads_that_are_done_help_the_others() {
 
 void few_tasks_take_few_threads() {
   ThreadPool pool(4);
-  for (int loop = 0; loop < 1000; ++loop) {
+  for (int loop = 0; loop < 300; ++loop) {
+    std::atomic<int> begun = 0;
     pool.parallel_for(2, [&](int, int thread) {
       expect(thread < 2, "a loop of two tasks leaves the other threads alone");
+      ++begun;
+      while (begun < 2) std::this_thread::yield();  // so that two threads are needed
     });
   }
 }
