@@ -333,6 +333,7 @@ nb::dict statistics(Engine& engine) {
   result["slot_bytes"] = now.slot_bytes;
   result["activation_bytes"] = now.activation_bytes;
   result["head_seconds"] = now.head_seconds;
+  result["busy_seconds"] = now.busy_seconds;
   return result;
 }
 

@@ -112,7 +112,8 @@ Engine::Statistics Engine::statistics() const {
           .slot_bytes = store_->slot_bytes(),
           .activation_bytes = forward_->bytes(),
           .layers = forward_->layer_times(),
-          .head_seconds = forward_->head_seconds()};
+          .head_seconds = forward_->head_seconds(),
+          .busy_seconds = backend_->busy_seconds()};
 }
 
 void Engine::close() {

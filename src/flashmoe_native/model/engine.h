@@ -40,6 +40,7 @@ class Engine {
     int64_t resident_bytes = 0, slot_bytes = 0, activation_bytes = 0;
     std::vector<LayerTimes> layers;
     double head_seconds = 0;
+    double busy_seconds = 0;  // of the backend's threads together
   };
 
   // The backends of this build, the best last.
