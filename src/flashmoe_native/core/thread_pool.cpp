@@ -47,23 +47,23 @@ ThreadPool::ThreadPool(int threads) : shares_(static_cast<size_t>(std::max(threa
       workers_.emplace_back([this, thread] { work(thread); });
     }
   } catch (...) {
-    stop_ = true;
-    {
-      std::lock_guard lock(sleep_mutex_);
-      wake_.notify_all();
-    }
-    for (std::thread& worker : workers_) worker.join();
+    stop();
     throw;
   }
 }
 
 ThreadPool::~ThreadPool() {
+  stop();
+}
+
+void ThreadPool::stop() {
   stop_ = true;
   {
     std::lock_guard lock(sleep_mutex_);
     wake_.notify_all();
   }
   for (std::thread& worker : workers_) worker.join();
+  workers_.clear();
 }
 
 void ThreadPool::run(int tasks, void* context, Call call) {

@@ -20,6 +20,9 @@ class ThreadPool {
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
+  // Ends the threads; from then on the caller runs every loop alone.
+  void stop();
+
   int threads() const { return static_cast<int>(workers_.size()) + 1; }
 
   // Calls body(task, thread) once for each task in [0, tasks), 0 <= thread < threads(). Each thread
