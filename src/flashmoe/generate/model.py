@@ -155,9 +155,13 @@ class Model:
         )
 
     def close(self) -> None:
-        """Frees memory and files; using the model afterwards raises StateError."""
-        with contextlib.suppress(StateError):  # closed before
+        """Frees memory and files and ends threads; using the model afterwards raises StateError.
+
+        Where a signal handler closes it in the middle of a call, that call ends with a StateError.
+        """
+        with contextlib.suppress(StateError):  # closed before, or in the middle of a call
             self._totals = self._native.stats()
+        with contextlib.suppress(StateError):  # the program ends
             self._native.close()
         self._closed = True
         self._conversations.clear()

@@ -163,6 +163,8 @@ class Backend {
   virtual void combine(int n, const CombineCall& call) = 0;
   // Returns when everything asked for so far is done.
   virtual void finish() = 0;
+  // Ends its threads: from now on only memory is asked for.
+  virtual void stop() {}
 };
 
 }  // namespace flashmoe
