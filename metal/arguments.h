@@ -35,6 +35,7 @@ using Address = uint64_t;
   X(attention_split)        \
   X(attention_merge)        \
   X(route)                  \
+  X(all_finite)             \
   X(experts_gate_up)        \
   X(experts_down)           \
   X(experts_gate_up_tiles)  \
@@ -235,9 +236,19 @@ struct RouteArguments {
   Address<const float> logits;  // [tokens, experts]
   Address<int> ids;             // [tokens, experts_per_token]
   Address<float> weights;       // [tokens, experts_per_token]
+  Address<int> finite;          // [tokens]: 1 where all logits are finite, else 0
   uint32_t experts;
   uint32_t experts_per_token;
   uint32_t renormalise;
+};
+
+// all_finite: 1 where a row of x is finite, else 0.
+// Grid: (tokens), a simdgroup. All addresses 4.
+
+struct FiniteArguments {
+  Address<const float> x;  // [tokens, width]
+  Address<int> finite;     // [tokens]
+  uint32_t width;
 };
 
 // experts: out[out row] = down(silu(gate x) * up x) for (token, out row) pairs, sorted by expert.

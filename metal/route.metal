@@ -12,10 +12,14 @@ KERNEL(route, kSimdWidth)(constant RouteArguments& args [[buffer(0)]],
   THREADGROUP_ARRAY(float, left, [kMaxRouted]);
   const uint token = group.x;
   float top = -INFINITY;
+  bool finite = true;
   for (uint e = lane; e < args.experts; e += kSimdWidth) {
     left[e] = logits[ulong(token) * args.experts + e];
     top = max(top, left[e]);
+    finite = finite && isfinite(left[e]);
   }
+  const uint every = simd_min(finite ? 1u : 0u);
+  if (lane == 0) args.finite[token] = int(every);
   top = simd_max(top);
   float total = 0;
   for (uint e = lane; e < args.experts; e += kSimdWidth) total += exp(left[e] - top);
@@ -47,4 +51,15 @@ KERNEL(route, kSimdWidth)(constant RouteArguments& args [[buffer(0)]],
   ids[ulong(token) * args.experts_per_token + lane] = int(mine);
   weights[ulong(token) * args.experts_per_token + lane] =
       weight / (args.renormalise != 0 ? sum : total);
+}
+
+// One simdgroup a row.
+KERNEL(all_finite, kSimdWidth)(constant FiniteArguments& args [[buffer(0)]],
+                               uint3 group [[threadgroup_position_in_grid]],
+                               uint lane [[thread_index_in_simdgroup]]) {
+  device const float* x = args.x + ulong(group.x) * args.width;
+  bool finite = true;
+  for (uint i = lane; i < args.width; i += kSimdWidth) finite = finite && isfinite(x[i]);
+  const uint every = simd_min(finite ? 1u : 0u);
+  if (lane == 0) args.finite[group.x] = int(every);
 }

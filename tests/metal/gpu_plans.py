@@ -146,10 +146,15 @@ def attention(call: Attention, out: Array) -> Operation:
     )
 
 
-def route(logits: Array, renormalise: bool, ids: Array, weights: Array) -> Operation:
+def route(logits: Array, renormalise: bool, ids: Array, weights: Array, finite: Array) -> Operation:
+    arrays = (logits, ids, weights, finite)
     return lambda plans, at: plans.route(
-        *logits.shape, ids.shape[1], renormalise, at(logits), at(ids), at(weights)
+        *logits.shape, ids.shape[1], renormalise, *(at(a) for a in arrays)
     )
+
+
+def all_finite(x: Array, finite: Array) -> Operation:
+    return lambda plans, at: plans.all_finite(*x.shape, at(x), at(finite))
 
 
 def experts(x: Array, calls: Sequence[Expert]) -> Operation:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from gpu_plans import (
     Memory,
+    all_finite,
     attention,
     causal_conv,
     combine,
@@ -280,18 +281,34 @@ def test_route(run: Run, experts_: int, top_k: int, renormalise: bool) -> None:
     logits[2] = 5
     ids, weights = np.full((4, top_k), -1, np.int32), empty(4, top_k)
     for seed in SEEDS:
-        run(route(logits, renormalise, ids, weights), seed)
+        finite = np.full(4, -1, np.int32)
+        run(route(logits, renormalise, ids, weights, finite), seed)
+        assert finite.tolist() == [1, 1, 1, 1]
         expected_ids, expected_weights = route_reference(logits, top_k, renormalise)
         np.testing.assert_array_equal(ids, expected_ids)
         assert_close(weights, expected_weights)
 
 
-def test_route_gives_valid_experts_even_for_nan(run: Run) -> None:
-    ids, weights = np.full((1, 4), -1, np.int32), empty(1, 4)
-    logits = np.full((1, 9), np.nan, np.float32)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_route_tells_of_logits_that_are_not_finite(run: Run, bad: float) -> None:
+    """... and gives valid experts all the same."""
+    ids, weights, finite = np.full((2, 4), -1, np.int32), empty(2, 4), np.full(2, -1, np.int32)
+    logits = np.zeros((2, 40), np.float32)
+    logits[1, 37] = bad
+    run(route(logits, True, ids, weights, finite))
+    assert finite.tolist() == [1, 0]
+    logits = np.full((2, 40), np.nan, np.float32)
     logits.setflags(write=False)  # an input, to initcheck (gpu.py)
-    run(route(logits, True, ids, weights))
-    assert np.all((ids >= 0) & (ids < 9))
+    run(route(logits, True, ids, weights, finite))
+    assert finite.tolist() == [0, 0]
+    assert np.all((ids >= 0) & (ids < 40))
+
+
+def test_rows_that_are_not_finite_are_told(run: Run) -> None:
+    x, finite = normal(rng(), 4, 1030), np.full(4, -1, np.int32)
+    x[1, 1029], x[3, 0] = np.inf, np.nan
+    run(all_finite(x, finite))
+    assert finite.tolist() == [1, 0, 1, 0]
 
 
 EXPERT_FORMATS = [*itertools.product([(4, 64, BF16)], [(4, 64, BF16)])]

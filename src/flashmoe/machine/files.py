@@ -11,7 +11,13 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from flashmoe.errors import ArgumentError, CheckpointError, FlashMoeError, WriteError
+from flashmoe.errors import (
+    ArgumentError,
+    CheckpointError,
+    FlashMoeError,
+    OutOfMemoryError,
+    WriteError,
+)
 
 PART = ".flashmoe-*.part"
 """What files are called until they are complete; a process that is killed leaves one behind."""
@@ -89,7 +95,9 @@ def read_file(path: Path, limit: int) -> bytes:
         raise CheckpointError(f"{path}: {size} bytes; at most {limit} are believable here")
     try:
         with path.open("rb") as file:
-            return file.read(limit)
+            return file.read(size)
+    except MemoryError:
+        raise OutOfMemoryError(f"{path}: there is no memory for its {size} bytes") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {_reason(error)}") from None
 

@@ -47,7 +47,9 @@ class Recorder final : public GpuBackend {
   Recorder(nb::callable scratch, nb::callable stage, const Tuning& tuning)
       : GpuBackend(false, tuning), scratch_(std::move(scratch)), stage_(std::move(stage)) {}
 
-  Buffer allocate(size_t) override { throw std::logic_error("plans have no memory of their own"); }
+  Buffer allocate(Memory, size_t, size_t) override {
+    throw std::logic_error("plans have no memory of their own");
+  }
   Buffer map(const File&, int64_t, int64_t) override { return nullptr; }
   void finish() override { launch_waiting(); }
 
@@ -172,9 +174,20 @@ void bind_plans(nb::module_& m) {
            })
       .def("route",
            [](Recorder& self, int n, int experts, int experts_per_token, bool renormalise,
-              Address logits, Address ids, Address weights) {
-             self.route(n, experts, experts_per_token, renormalise, at<float>(logits),
-                        at<int32_t>(ids), at<float>(weights));
+              Address logits, Address ids, Address weights, Address finite) {
+             self.route(n, {.experts = experts,
+                            .experts_per_token = experts_per_token,
+                            .renormalise = renormalise,
+                            .logits = at<float>(logits),
+                            .hidden = 0,
+                            .x = nullptr,
+                            .ids = at<int32_t>(ids),
+                            .weights = at<float>(weights),
+                            .finite = at<int32_t>(finite)});
+           })
+      .def("all_finite",
+           [](Recorder& self, int n, int width, Address x, Address finite) {
+             self.all_finite(n, width, at<float>(x), at<int32_t>(finite));
            })
       .def("experts",
            [](Recorder& self, int n, Address x,

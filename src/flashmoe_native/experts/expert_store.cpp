@@ -53,7 +53,7 @@ ExpertStore::ExpertStore(Backend& backend, IoQueue& io,
       layers_(layers),
       alignment_(backend.weight_alignment()),
       direct_(options.direct && can_read_direct(files, layers)) {
-  int64_t largest = 0, total = 0;
+  int64_t largest = 0, total = 0, most = 0;
   for (const ExpertsSpec& spec : layers_) {
     const int experts = static_cast<int>(spec.extents.size()) / spec.parts();
     for (int expert = 0; expert < experts; ++expert) {
@@ -61,6 +61,7 @@ ExpertStore::ExpertStore(Backend& backend, IoQueue& io,
     }
     layer_base_.push_back(total);
     total += experts;
+    most = std::max<int64_t>(most, experts);
   }
   slot_of_.assign(static_cast<size_t>(total), -1);
   // Huge pages and DMA like 2 MiB boundaries; in a cache the rounding would cost slots.
@@ -69,10 +70,15 @@ ExpertStore::ExpertStore(Backend& backend, IoQueue& io,
   stride_ = round_up(largest, huge ? kHugePage : kPage);
   const int64_t wanted = std::max<int64_t>(options.min_slots, options.cache_bytes / stride_);
   slots_.resize(static_cast<size_t>(std::min(total, wanted)));
-  slab_ = backend.allocate(static_cast<size_t>(slot_bytes()));
+  slab_ = backend.allocate(Memory::kSlots, static_cast<size_t>(slot_bytes()),
+                           static_cast<size_t>(stride_));
   uses_.assign(static_cast<size_t>(total), 0);
   worth_.assign(slots_.size(), kEmpty);
   unpinned_ = static_cast<int>(slots_.size());
+  // Room for all that these will ever hold, so that taking note of something never fails.
+  for (std::vector<int>* list : {&ahead_, &ready_, &given_, &landed_}) list->reserve(slots_.size());
+  arrived_.reserve(slots_.size());
+  backlog_.reserve(static_cast<size_t>(most));
 }
 
 ExpertStore::~ExpertStore() {
@@ -215,6 +221,19 @@ bool ExpertStore::try_read(int layer, int expert, bool ahead) {
   if (unpinned_ == 0) return false;
   const int index =
       static_cast<int>(std::min_element(worth_.begin(), worth_.end()) - worth_.begin());
+  // What can fail comes first: a slot must never be said to hold what nobody reads.
+  const Layout expert_layout = layout(layers_[layer], expert);
+  std::vector<IoQueue::Task> reads;
+  for (const Piece& piece : expert_layout.pieces) {
+    reads.emplace_back([this, index, piece] { read(index, piece); });
+  }
+  {
+    // No read of the slot is under way, and none begins before its end is counted.
+    std::lock_guard lock(mutex_);
+    slots_[index].reads_left = static_cast<int>(reads.size());
+    slots_[index].failure = nullptr;
+  }
+  io_.submit(std::move(reads));
   pin(index);
   forget(index);
   Slot& slot = slots_[index];
@@ -224,24 +243,18 @@ bool ExpertStore::try_read(int layer, int expert, bool ahead) {
   slot.purpose = ahead ? Purpose::kAhead : Purpose::kAsked;
   slot.was_read = ahead;
   slot_of(layer, expert) = index;
-  const Layout expert_layout = layout(layers_[layer], expert);
   slot.parts = expert_layout.parts;
-  // No read of it is under way yet.
-  slot.reads_left = static_cast<int>(expert_layout.pieces.size());
-  slot.error.clear();
   ++in_flight_;
   if (ahead) {
     ahead_.push_back(index);
   } else {
     ++wanted_;
   }
-  for (const Piece& piece : expert_layout.pieces)
-    io_.submit([this, index, piece] { read(index, piece); });
   return true;
 }
 
 void ExpertStore::read(int slot, const Piece& piece) {
-  std::string error;
+  std::exception_ptr failure;
   int64_t cached = 0;
   Stopwatch watch;
   try {
@@ -254,12 +267,12 @@ void ExpertStore::read(int slot, const Piece& piece) {
       // What a slot keeps is not kept twice.
       if (direct_) file.forget(piece.offset, piece.length);
     }
-  } catch (const ReadError& caught) {
-    error = caught.what();
+  } catch (...) {
+    failure = std::current_exception();
   }
   const double elapsed = watch.lap();
   std::lock_guard lock(mutex_);
-  if (!error.empty()) slots_[slot].error = error;
+  if (failure) slots_[slot].failure = failure;
   statistics_.reads += 1;
   statistics_.bytes_read += piece.length;
   if (cached < 0) statistics_.bytes_cached = -1;
@@ -299,11 +312,7 @@ std::span<const ExpertStore::Arrived> ExpertStore::next(const std::function<void
       }
       statistics_.wait_seconds += watch.lap();
     }
-    const std::string error = absorb_landed();
-    if (!error.empty()) {
-      cancel();
-      throw ReadError(error);
-    }
+    absorb_landed();
     read_backlog();
   }
   read_next_layer();
@@ -311,11 +320,7 @@ std::span<const ExpertStore::Arrived> ExpertStore::next(const std::function<void
 }
 
 std::span<const ExpertStore::Arrived> ExpertStore::ready() {
-  const std::string error = absorb_landed();
-  if (!error.empty()) {
-    cancel();
-    throw ReadError(error);
-  }
+  absorb_landed();
   arrived_.clear();
   for (const int slot : ready_) arrived_.push_back(arrived(slot));
   given_.insert(given_.end(), ready_.begin(), ready_.end());
@@ -323,27 +328,35 @@ std::span<const ExpertStore::Arrived> ExpertStore::ready() {
   return arrived_;
 }
 
-// Takes note of the slots whose reads are done; the error of one that start() asked for, if any.
-std::string ExpertStore::absorb_landed() {
-  std::string error;
-  if (in_flight_ == 0) return error;
+// Takes note of the slots whose reads are done; if one that start() asked for failed, cancels the
+// rest and throws what was thrown there.
+void ExpertStore::absorb_landed() {
+  if (const std::exception_ptr failure = take_landed()) {
+    cancel();
+    std::rethrow_exception(failure);
+  }
+}
+
+std::exception_ptr ExpertStore::take_landed() {
+  std::exception_ptr failure;
+  if (in_flight_ == 0) return failure;
   std::lock_guard lock(mutex_);
   for (const int index : landed_) {
     Slot& slot = slots_[index];
     --in_flight_;
     slot.landed = true;
-    const bool failed = !slot.error.empty();
+    const bool failed = slot.failure != nullptr;
     if (failed) forget(index);
     if (slot.purpose == Purpose::kAsked) {
       --wanted_;
       ready_.push_back(index);
-      if (failed) error = slot.error;
+      if (failed) failure = slot.failure;
     } else if (failed || slot.purpose == Purpose::kVain) {
       unpin(index);
     }
   }
   landed_.clear();
-  return error;
+  return failure;
 }
 
 void ExpertStore::release() {
@@ -361,7 +374,7 @@ void ExpertStore::cancel() {
       std::unique_lock lock(mutex_);
       landed_wake_.wait(lock, [&] { return !landed_.empty(); });
     }
-    absorb_landed();
+    take_landed();
   }
   for (const int slot : ahead_) {
     if (slots_[slot].purpose == Purpose::kAhead) unpin(slot);

@@ -10,6 +10,7 @@
 #include <array>
 #include <condition_variable>
 #include <cstdint>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -99,7 +100,7 @@ class ExpertStore {
     Purpose purpose = Purpose::kAsked;
     bool was_read = false;                 // ahead: was in no slot before
     int reads_left = 0;                    // under mutex_
-    std::string error;                     // under mutex_
+    std::exception_ptr failure;            // of a read; under mutex_
     std::array<int64_t, kMaxParts> parts;  // where they begin in the slot
   };
 
@@ -126,7 +127,8 @@ class ExpertStore {
   void read_next_layer();
   // What was given is no longer needed.
   void release();
-  std::string absorb_landed();
+  void absorb_landed();
+  std::exception_ptr take_landed();
   void read(int slot, const Piece& piece);
   void pin(int slot);
   void unpin(int slot);

@@ -35,8 +35,8 @@ std::vector<DeltaState> allocate_deltas(Backend& backend, const ModelConfig& con
     if (attention) {
       result.push_back({});
     } else {
-      result.push_back(
-          {backend.allocate(conv_bytes_of(config)), backend.allocate(recurrent_bytes_of(config))});
+      result.push_back({backend.allocate(Memory::kState, conv_bytes_of(config)),
+                        backend.allocate(Memory::kState, recurrent_bytes_of(config))});
     }
   }
   return result;
@@ -73,7 +73,8 @@ int64_t State::bytes() const {
 KeyValueCache State::copy(const KeyValueCache& old, int64_t length, int64_t capacity) const {
   const size_t row = row_bytes(), held = row * length;
   const size_t bytes = row * config_->num_key_value_heads * capacity;
-  KeyValueCache fresh{backend_->allocate(bytes), backend_->allocate(bytes), capacity};
+  KeyValueCache fresh{backend_->allocate(Memory::kState, bytes),
+                      backend_->allocate(Memory::kState, bytes), capacity};
   for (int head = 0; held > 0 && head < config_->num_key_value_heads; ++head) {
     const size_t to = row * head * capacity, from = row * head * old.capacity;
     std::memcpy(fresh.keys.get() + to, old.keys.get() + from, held);

@@ -1,5 +1,5 @@
 // Everything in tests/metal/include/Metal/Metal.h and the host's newer.h, for its compiled tables:
-// see test_metal_host.py.
+// see test_host.py.
 #import <Metal/Metal.h>
 
 #import "backend/metal/newer.h"

@@ -15,15 +15,13 @@ struct GpuBackend::Batch {
   double seconds = 0;
 };
 
-void GpuBackend::route(int n, int experts, int experts_per_token, bool renormalise,
-                       const float* logits, int32_t* ids, float* weights) {
-  require(
-      experts <= static_cast<int>(kMaxRouted) && experts_per_token <= static_cast<int>(kMaxChosen),
-      "routing to " + std::to_string(experts_per_token) + " of " + std::to_string(experts) +
-          " experts");
-  Plan plan(Kernel::route, {u32(n), 1, 1}, kSimdWidth, seconds_for(0, 4.0 * n * experts));
-  plan.set(RouteArguments{address(logits), address(ids), address(weights), u32(experts),
-                          u32(experts_per_token), renormalise ? 1u : 0u});
+void GpuBackend::route(int n, const RouteCall& call) {
+  Plan plan(Kernel::route, {u32(n), 1, 1}, kSimdWidth, seconds_for(0, 4.0 * n * call.experts));
+  // An element of x that is infinite or NaN makes the norm of its row NaN somewhere, and with it
+  // every logit: these tell of both.
+  plan.set(RouteArguments{address(call.logits), address(call.ids), address(call.weights),
+                          address(call.finite), u32(call.experts), u32(call.experts_per_token),
+                          call.renormalise ? 1u : 0u});
   run(plan);
 }
 

@@ -32,6 +32,7 @@ class GpuBackend : public Backend {
   explicit GpuBackend(bool overlap, const Tuning& tuning = {})
       : overlap_(overlap), tuning_(tuning) {}
 
+  void require(const Shapes& shapes) const override;
   int weight_alignment() const override { return 16; }  // bytes: what kernels load at once
 
   void embed(const Matrix& table, std::span<const int32_t> ids, float* out) override;
@@ -41,8 +42,8 @@ class GpuBackend : public Backend {
   void causal_conv(int n, const ConvCall& call) override;
   void gated_delta(int n, const DeltaCall& call) override;
   void attention(int n, const AttentionCall& call) override;
-  void route(int n, int experts, int experts_per_token, bool renormalise, const float* logits,
-             int32_t* ids, float* weights) override;
+  void route(int n, const RouteCall& call) override;
+  void all_finite(int n, int width, const float* x, int32_t* finite) override;
   void experts(int n, const float* x, std::span<const ExpertCall> calls) override;
   void combine(int n, const CombineCall& call) override;
 

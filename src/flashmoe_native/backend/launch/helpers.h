@@ -2,11 +2,9 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
 
 #include "backend/backend.h"
 #include "backend/launch/plan.h"
-#include "core/error.h"
 
 namespace flashmoe {
 
@@ -20,11 +18,6 @@ inline uint32_t divide_up(int64_t value, int64_t unit) {
 
 inline uint32_t round_up(int64_t value, int64_t unit) {
   return u32(divide_up(value, unit) * unit);
-}
-
-inline void require(bool holds, const std::string& what) {
-  if (!holds)
-    throw DeviceError("this GPU backend has no kernel for " + what + "; use backend=\"cpu\"");
 }
 
 inline bool same_format(const Matrix& a, const Matrix& b) {

@@ -16,8 +16,6 @@ constexpr double kDeltaSeconds = 20e-6;  // of gated_delta for a token, one afte
 }  // namespace
 
 void GpuBackend::causal_conv(int n, const ConvCall& call) {
-  require(call.kernel <= static_cast<int>(kMaxConvTaps),
-          "convolutions of " + std::to_string(call.kernel) + " taps");
   Plan plan(Kernel::causal_conv, {divide_up(call.channels, kConvThreads), 1, 1}, kConvThreads,
             seconds_for(0, 8.0 * n * call.channels));
   plan.set(ConvArguments{address(call.x), address(call.weight), address(call.state_in),
@@ -26,10 +24,6 @@ void GpuBackend::causal_conv(int n, const ConvCall& call) {
 }
 
 void GpuBackend::gated_delta(int n, const DeltaCall& call) {
-  require(call.key_dim % 4 == 0 &&
-              std::max(call.key_dim, call.value_dim) <= static_cast<int>(kMaxDeltaDim),
-          "GatedDeltaNet heads of " + std::to_string(call.key_dim) + " by " +
-              std::to_string(call.value_dim));
   Plan plan(Kernel::gated_delta, {u32(call.value_heads), 1, 1}, delta_threads(u32(call.value_dim)),
             kDeltaSeconds * n);
   plan.set(DeltaArguments{.qkv = address(call.qkv),
@@ -52,8 +46,6 @@ void GpuBackend::gated_delta(int n, const DeltaCall& call) {
 }
 
 void GpuBackend::attention(int n, const AttentionCall& call) {
-  require(call.head_dim % 32 == 0 && call.head_dim <= static_cast<int>(kMaxHeadDim),
-          "attention heads of " + std::to_string(call.head_dim));
   const int64_t width = int64_t{call.heads} * call.head_dim;  // floats of a token
   const int64_t float_size = sizeof(float);
   AttentionArguments arguments{

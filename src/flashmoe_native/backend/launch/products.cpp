@@ -1,8 +1,10 @@
-// Norm, embedding, and products of one input with several matrices.
+// What kernels there are, norm, embedding, and products of one input with several matrices.
 #include <algorithm>
+#include <string>
 
 #include "backend/launch/gpu_backend.h"
 #include "backend/launch/helpers.h"
+#include "core/error.h"
 
 namespace flashmoe {
 
@@ -32,6 +34,30 @@ void GpuBackend::run(const Plan& plan) {
 Stored GpuBackend::stored(const Matrix& matrix) {
   if (matrix.bits == 0) return {address(matrix.weight), 0, 0};
   return {address(matrix.weight), address(matrix.scales), address(matrix.biases)};
+}
+
+void GpuBackend::require(const Shapes& shapes) const {
+  const auto kernel = [](bool there, const std::string& what) {
+    if (!there) throw DeviceError("GPU: no kernel for " + what + "; use backend=\"cpu\"");
+  };
+  const auto text = [](int number) { return std::to_string(number); };
+  kernel(shapes.conv_taps <= static_cast<int>(kMaxConvTaps),
+         "convolutions of " + text(shapes.conv_taps) + " taps");
+  kernel(shapes.key_dim % 4 == 0 &&
+             std::max(shapes.key_dim, shapes.value_dim) <= static_cast<int>(kMaxDeltaDim),
+         "GatedDeltaNet heads of " + text(shapes.key_dim) + " by " + text(shapes.value_dim));
+  kernel(shapes.head_dim % 32 == 0 && shapes.head_dim <= static_cast<int>(kMaxHeadDim),
+         "attention heads of " + text(shapes.head_dim));
+  kernel(
+      shapes.experts <= static_cast<int>(kMaxRouted) &&
+          shapes.experts_per_token <= static_cast<int>(kMaxChosen),
+      "routing to " + text(shapes.experts_per_token) + " of " + text(shapes.experts) + " experts");
+}
+
+void GpuBackend::all_finite(int n, int width, const float* x, int32_t* finite) {
+  Plan plan(Kernel::all_finite, {u32(n), 1, 1}, kSimdWidth, seconds_for(0, 4.0 * n * width));
+  plan.set(FiniteArguments{address(x), address(finite), u32(width)});
+  run(plan);
 }
 
 void GpuBackend::embed(const Matrix& table, std::span<const int32_t> ids, float* out) {

@@ -48,8 +48,8 @@ Buffer DeviceMemory::allocate(size_t bytes, size_t unit) {
   require_room(length);
   const size_t most = [device_ maxBufferLength];
   size_t piece = length;
-  if (unit > 0 && unit % page_ == 0 && length > kPiece) {
-    piece = std::max(std::min(kPiece, most) / unit, size_t{1}) * unit;
+  if (unit > 0 && unit % page_ == 0) {
+    piece = std::min(length, std::max(std::min(kPiece, most) / unit, size_t{1}) * unit);
   }
   if (piece > most) {
     throw DeviceError("Metal: " + gigabytes(piece) + " in one piece; this GPU allows " +

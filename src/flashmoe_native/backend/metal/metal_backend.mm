@@ -42,9 +42,9 @@ class MetalBackend final : public GpuBackend {
         pipelines_(device_.get(), kernels),
         commands_(device_.get(), memory_.residency()) {}
 
-  Buffer allocate(size_t bytes) override {
+  Buffer allocate(Memory, size_t bytes, size_t unit) override {
     const Pool pool;
-    return memory_.allocate(bytes);
+    return memory_.allocate(bytes, unit);
   }
 
   Buffer map(const File& file, int64_t offset, int64_t length) override {
@@ -109,7 +109,7 @@ class MetalBackend final : public GpuBackend {
   std::byte* grown(Growing& growing, size_t bytes) {
     if (bytes > growing.size) {
       growing.size = std::max(bytes, growing.size + growing.size / 2);
-      replaced_.push_back(std::exchange(growing.memory, allocate(growing.size)));
+      replaced_.push_back(std::exchange(growing.memory, allocate(Memory::kState, growing.size, 0)));
     }
     return growing.memory.get();
   }

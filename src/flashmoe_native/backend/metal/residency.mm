@@ -67,9 +67,10 @@ void Residency::use(id<MTLComputeCommandEncoder> encoder) {
   if (told_count_ == buffers_.size()) return;
   std::vector<id<MTLResource>> fresh(buffers_.begin() + static_cast<ptrdiff_t>(told_count_),
                                      buffers_.end());
-  [encoder useResources:fresh.data()
-                  count:fresh.size()
-                  usage:MTLResourceUsageRead | MTLResourceUsageWrite];
+  [encoder
+      useResources:fresh.data()
+             count:fresh.size()
+             usage:static_cast<MTLResourceUsage>(MTLResourceUsageRead | MTLResourceUsageWrite)];
   told_count_ = buffers_.size();
 }
 

@@ -1,5 +1,5 @@
 // The part of Apple's Metal API that flashmoe uses, declared as Apple declares it, so that the host
-// code compiles where there is no Metal. tests/test_metal_host.py compares every declaration with
+// code compiles where there is no Metal. tests/metal/test_host.py compares every declaration with
 // tables that Apple's compiler made.
 #pragma once
 
