@@ -235,10 +235,7 @@ class Talk:
             self._turns.pop()  # an arrow key brings it back
             _say("stopped before the answer began; nothing was sent")
             return
-        turn = {"role": "assistant", "content": answer.text}
-        if answer.reasoning:
-            turn["reasoning_content"] = answer.reasoning
-        self._turns.append(turn)
+        self._turns.append(answer.message)
         if stopped:
             _say("stopped; say on, and it knows what it said so far")
         elif self._model.stats.finish_reason == "context":

@@ -118,18 +118,11 @@ class Prompts:
         Args:
             ids: of the answer, without an end-of-sequence token.
         """
-        turn: dict[str, Any] = {"role": "assistant", "content": answer.text}
+        turn = answer.message
         turns = list(prompt.turns)
         if prompt.continues:
-            turn = turns.pop()
-            turn = {**turn, "content": turn.get("content", "").rstrip() + answer.text}
-        if answer.reasoning:
-            turn["reasoning_content"] = answer.reasoning
-        if answer.tool_calls:
-            turn["tool_calls"] = [
-                {"type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-                for call in answer.tool_calls
-            ]
+            begun = turns.pop()
+            turn = {**begun, **turn, "content": begun.get("content", "").rstrip() + answer.text}
         turns.append(turn)
         if answer.reasoning.strip():
             *_, seen = _as_seen(turns)
