@@ -1,5 +1,6 @@
 """Whose pass comes next and how long it is, and how requests end."""
 
+import gc
 import threading
 import time
 from pathlib import Path
@@ -161,3 +162,18 @@ def test_closing_in_the_middle_keeps_what_was_computed() -> None:
         assert chat.answer.finish_reason == "cancelled"
         assert [delta.token is not None for delta in first] == [True] * 3
         assert model.chat(messages, max_tokens=0).answer.cached_tokens == len(chat.prompt_ids)
+
+
+def test_an_answer_that_nobody_reads_any_more_ends_at_once_and_stays_cached() -> None:
+    messages = [{"role": "user", "content": "Tell me of the sea."}]
+    with flashmoe.Model(DEMO, threads=1, cache=0) as model:
+        gc.disable()  # it is not what ends them
+        try:
+            for _ in model.chat(messages, temperature=0):
+                break
+            for _ in model.generate([7], temperature=0):
+                break
+            assert not model._scheduler._requests
+            assert model.chat(messages, max_tokens=0).answer.cached_tokens > 0
+        finally:
+            gc.enable()

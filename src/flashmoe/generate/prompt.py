@@ -271,7 +271,7 @@ class _Recent(Generic[_Value]):
         self._limit = limit
         self._bytes = 0
         self._values: OrderedDict[bytes, _Value] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the garbage collector may end an answer in any call
 
     def __len__(self) -> int:
         return len(self._values)

@@ -122,7 +122,7 @@ class Scheduler:
     def __init__(self, native: _native.Engine, chunk: int) -> None:
         self.native = native
         self.chunk = chunk
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the garbage collector may end a request in any call
         self._requests: set[Request] = set()
         self._times = PassTimes()
 
@@ -146,7 +146,7 @@ class Scheduler:
         """
         now = time.monotonic()
         with self._lock:
-            lively = [r for r in self._requests if r.passing or now - r.ended < WAIT]
+            lively = [r for r in tuple(self._requests) if r.passing or now - r.ended < WAIT]
             others = [r for r in lively if r is not request]
             decoding = sum(r.decoding for r in others)
             if decoding == 0:
