@@ -145,3 +145,18 @@ def test_the_last_message_is_continued(model) -> None:
     for last in (USER, {"role": "assistant", "content": " "}):
         with pytest.raises(flashmoe.ArgumentError, match="to continue a message"):
             model.prompt_ids([USER, last], continue_final=True)
+
+
+def test_a_saved_state_goes_on_in_another_process(model, directory, tmp_path) -> None:
+    state = model.new_state()
+    script = Scripted(model, "Oslo in May.\n</think>\n\nRain.", spelled=True)
+    chat = model.chat([USER], processors=[script], temperature=0, state=state)
+    messages = [USER, as_message(chat.answer, reasoning=True), USER]
+    state.save(tmp_path / "talk.state")
+    with flashmoe.Model(directory, threads=1) as other:  # remembers nothing
+        loaded = flashmoe.State.load(other, tmp_path / "talk.state")
+        chat = other.chat(messages, max_tokens=2, temperature=0, state=loaded)
+        answer = chat.answer
+        assert answer.cached_tokens == state.position - 1
+        assert chat.prompt_ids[: state.position] == list(state.tokens)
+        assert loaded.tokens[:-2] == tuple(chat.prompt_ids)

@@ -1,5 +1,6 @@
 """Whose pass comes next and how long it is, and how requests end."""
 
+import gc
 import threading
 import time
 from pathlib import Path
@@ -20,17 +21,18 @@ PROMPT = random_ids(6000, 300).tolist()
 def test_a_chunk_is_as_long_as_the_time_a_row_allows() -> None:
     times = PassTimes()
     assert times.rows_within(1.0) == 1  # nothing is known yet
-    times.add(1, 0.25)
+    times.add(1, 0.1)
+    assert times.rows_within(1.0) == 2  # twice as long as any that was measured
+    times.add(2, 0.15)
+    assert times.rows_within(0.2) == 2
+    times.add(8, 0.5)  # a longer pass takes less time a row
+    assert times.rows_within(0.8) == 12
+    times.add(10, 2.0)  # of passes of 8 to 15 rows the latest counts
     assert times.rows_within(1.0) == 4
-    times.add(4, 0.5)  # a longer pass takes less time a row
-    assert times.rows_within(1.0) == 8
-    times.add(64, 4.0)  # too long, so that no pass is to be longer
+    times.add(64, 4.0)
     times.add(32, 0.25)
-    assert times.rows_within(1.0) == 64
+    assert times.rows_within(3.0) == 64  # no longer than one that took too long
     assert times.rows_within(0.001) == 1
-    times.add(60, 1.0)
-    times.add(33, 0.5)  # of passes of 32 to 63 rows the latest counts
-    assert times.rows_within(1.0) == 64
 
 
 @pytest.fixture
@@ -77,7 +79,7 @@ def test_prompts_share_what_the_tokens_of_others_leave(scheduler) -> None:
         _joined(scheduler, decoding=True)
     assert scheduler.rows(prompt, 5000) == 150  # 80 % of 2 s less five tokens
     _joined(scheduler, decoding=False)
-    assert scheduler.rows(prompt, 5000) == 6  # 0.6 s is less than 100 rows took
+    assert scheduler.rows(prompt, 5000) == 2  # 100 rows took more than 0.6 s
     for _ in range(20):
         _joined(scheduler, decoding=True)
     assert scheduler.rows(prompt, 5000) == 1
@@ -160,3 +162,18 @@ def test_closing_in_the_middle_keeps_what_was_computed() -> None:
         assert chat.answer.finish_reason == "cancelled"
         assert [delta.token is not None for delta in first] == [True] * 3
         assert model.chat(messages, max_tokens=0).answer.cached_tokens == len(chat.prompt_ids)
+
+
+def test_an_answer_that_nobody_reads_any_more_ends_at_once_and_stays_cached() -> None:
+    messages = [{"role": "user", "content": "Tell me of the sea."}]
+    with flashmoe.Model(DEMO, threads=1, cache=0) as model:
+        gc.disable()  # it is not what ends them
+        try:
+            for _ in model.chat(messages, temperature=0):
+                break
+            for _ in model.generate([7], temperature=0):
+                break
+            assert not model._scheduler._requests
+            assert model.chat(messages, max_tokens=0).answer.cached_tokens > 0
+        finally:
+            gc.enable()

@@ -61,7 +61,9 @@ class Conversations:
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
-        self._lock = threading.Lock()
+        # A call may be made in the middle of another one of its thread, by the garbage collector
+        # when it ends an answer that nobody reads: what is iterated over is copied first.
+        self._lock = threading.RLock()
         self._by_ids: dict[bytes, Snapshot] = {}
         self._clock = 0
 
@@ -78,7 +80,7 @@ class Conversations:
         """The snapshot that holds the most of these ids from their beginning."""
         wanted = _key(ids)
         with self._lock:
-            found = [s for s in self._by_ids.values() if wanted.startswith(s.ids)]
+            found = [s for s in self._all() if wanted.startswith(s.ids)]
             if not found:
                 return None
             best = max(found, key=lambda s: len(s.ids))
@@ -103,15 +105,17 @@ class Conversations:
         key = _key(ids[: native.position])
         with self._lock:
             snapshot = self._by_ids.setdefault(key, Snapshot(native, key))
-            lineage = [s for s in self._by_ids.values() if key.startswith(s.ids)]
+            lineage = [s for s in self._all() if key.startswith(s.ids)]
             likely = [s for s in lineage if s.position in places]
             others = sorted((s for s in lineage if s not in likely), key=lambda s: len(s.ids))
             for s in others[:-_RECENT]:
-                del self._by_ids[s.ids]
+                self._by_ids.pop(s.ids, None)
             for s in (*likely, snapshot):
                 self._touch(s)
-            while self._by_ids and self._bytes() > self.budget:
-                del self._by_ids[min(self._by_ids.values(), key=lambda s: s.used).ids]
+            for s in sorted(self._all(), key=lambda s: s.used):
+                if self._bytes() <= self.budget:
+                    break
+                self._by_ids.pop(s.ids, None)
 
     def clear(self) -> None:
         """Lets all of them go."""
@@ -123,8 +127,11 @@ class Conversations:
         snapshot.used = self._clock
 
     def _bytes(self) -> int:
-        shared = dict(s.native.shared for s in self._by_ids.values())
-        return sum(s.own_bytes for s in self._by_ids.values()) + sum(shared.values())
+        held = self._all()
+        return sum(s.own_bytes for s in held) + sum(dict(s.native.shared for s in held).values())
+
+    def _all(self) -> list[Snapshot]:
+        return list(self._by_ids.values())
 
 
 def _key(ids: Sequence[int]) -> bytes:

@@ -353,14 +353,17 @@ class Model:
         )
         _check_count("max_tokens", max_tokens, 0)
         _check_count("logprobs", logprobs, 0)
-        specs = tools_of(tools)
-        prompt = self._prompts.make(
-            messages, specs, _variables(variables, think), continues=continue_final
-        )
         self._check_open()
-        self._check_fits(0, prompt.ids)
         if state is not None:
             self._check_own(state)
+        prompt = self._prompts.make(
+            messages,
+            tools_of(tools),
+            _variables(variables, think),
+            continues=continue_final,
+            begun=() if state is None else state._tokens,
+        )
+        self._check_fits(0, prompt.ids)
         turn = Turn(
             self._engine, self._conversations, self._prompts, prompt, state, self._new_meter
         )
@@ -379,7 +382,7 @@ class Model:
             mark=turn.mark,
             end=turn.end,
         )
-        offered = () if tool_choice == "none" else specs
+        offered = () if tool_choice == "none" else prompt.tools
         parser = AnswerParser(
             Dialect.of(self.chat_template), offered, in_reasoning=prompt.in_reasoning
         )
