@@ -154,7 +154,7 @@ def _candidates(scores: Floats, top_k: int, top_p: float) -> tuple[Ids, Floats]:
         while True:
             ids = largest(scores, k)
             weights = np.exp(scores[ids])
-            if len(ids) == vocab or float(weights.sum(dtype=np.float64)) >= top_p * total:
+            if len(ids) < k or float(weights.sum(dtype=np.float64)) >= top_p * total:
                 break
             k *= 8
     if top_p < 1:
@@ -168,6 +168,8 @@ def _candidates(scores: Floats, top_k: int, top_p: float) -> tuple[Ids, Floats]:
 def largest(scores: npt.NDArray[Any], k: int) -> Ids:
     """Indices of the k largest scores, largest first; of equal ones the lower index first.
 
+    Those of minus infinity may be left out: a constraint has many.
+
     The k-th largest of the blocks' maxima is a lower bound of the k-th largest score, so that only
     few scores need be sorted: 20 times faster than `numpy.partition` at 248,320.
     """
@@ -177,5 +179,6 @@ def largest(scores: npt.NDArray[Any], k: int) -> Ids:
     else:
         width = max(1, min(256, n // (2 * k)))
         maxima = scores[: n - n % width].reshape(-1, width).max(axis=1)
-        ids = np.flatnonzero(scores >= np.partition(maxima, -k)[-k])
+        bound = np.partition(maxima, -k)[-k]
+        ids = np.flatnonzero(scores >= bound if bound > -np.inf else scores > bound)
     return ids[np.argsort(-scores[ids], kind="stable")][:k]
