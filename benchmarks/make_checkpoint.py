@@ -29,6 +29,10 @@ from rich.table import Table
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 import flashmoe
+from flashmoe.checkpoint.architecture import EMBEDDINGS, HEAD, Kind, Weight, weights_of
+from flashmoe.checkpoint.architecture import ROUTER as ROUTER_ROLE
+from flashmoe.checkpoint.config import ModelConfig
+from flashmoe.checkpoint.metadata import Metadata
 
 Floats = npt.NDArray[np.float32]
 
@@ -89,8 +93,8 @@ class Tensor:
 class Weights:
     """The tensors of a random model. Large ones are windows at random places into shared noise."""
 
-    def __init__(self, shape: Shape, bits: int, group: int, seed: int) -> None:
-        self.shape = shape
+    def __init__(self, config: ModelConfig, bits: int, group: int, seed: int) -> None:
+        self.layers = len(config.layer_types)
         self.bits = bits
         self.group = group
         self.rng = np.random.default_rng(seed)
@@ -100,66 +104,45 @@ class Weights:
         signs = self.rng.choice(np.array([-1, 1], np.float32), 4 << 20)
         self._jitter = signs * self.rng.uniform(0.75, 1.25, 4 << 20).astype(np.float32)
         self._scaled: dict[float, npt.NDArray[np.uint16]] = {}
-        self._build()
+        self._build(config)
 
-    def _build(self) -> None:
-        s = self.shape
-        self._matrix("language_model.model.embed_tokens", (s.vocab, s.hidden), 1.0)
-        for layer in range(s.layers):
-            name = f"language_model.model.layers.{layer}."
-            self._norm(name + "input_layernorm", s.hidden)
-            if (layer + 1) % s.full_attention_interval:
-                self._gated_delta_net(name + "linear_attn.")
-            else:
-                self._attention(name + "self_attn.")
-            self._norm(name + "post_attention_layernorm", s.hidden)
-            self._moe(name + "mlp.")
-        self._norm("language_model.model.norm", s.hidden)
-        self._linear("language_model.lm_head", (s.vocab, s.hidden), 3.0)
+    def _build(self, config: ModelConfig) -> None:
+        for weight in weights_of(config):
+            name = weight.name.replace("mlp.experts.", "mlp.switch_mlp.")
+            name = "language_model." + (name if name == "lm_head" else "model." + name)
+            match weight.kind:
+                case Kind.MATRIX:
+                    self._matrix_of(weight, name, weight.shape)
+                case Kind.EXPERTS:
+                    self._matrix_of(weight, name, (config.num_experts, *weight.shape))
+                case Kind.NORM | Kind.VECTOR:
+                    self._bf16(name + ".weight", self.rng.normal(1, 0.1, weight.shape))
+                case Kind.CONVOLUTION:
+                    self._bf16(name + ".weight", self.rng.normal(0, 0.5, (*weight.shape, 1)))
+                # As Mamba begins: decay rates and log-uniform steps that remember tens of tokens.
+                case Kind.PARAMETER if name.endswith("A_log"):
+                    rate = self.rng.uniform(0.01, 16, weight.shape).astype(np.float32)
+                    self._dense(name, "F32", np.log(rate))
+                case Kind.PARAMETER:
+                    step = self.rng.uniform(math.log(0.001), math.log(0.1), weight.shape)
+                    self._bf16(name, np.log(np.expm1(np.exp(step))))
 
-    def _gated_delta_net(self, name: str) -> None:
-        s = self.shape
-        keys, values = s.key_heads * s.linear_head_dim, s.value_heads * s.linear_head_dim
-        channels = 2 * keys + values
-        self._linear(name + "in_proj_qkv", (channels, s.hidden))
-        self._linear(name + "in_proj_z", (values, s.hidden))
-        self._linear(name + "in_proj_b", (s.value_heads, s.hidden))
-        self._linear(name + "in_proj_a", (s.value_heads, s.hidden))
-        self._bf16(name + "conv1d.weight", self.rng.normal(0, 0.5, (channels, 4, 1)))
-        # As Mamba begins: decay rates and log-uniform steps that remember for tens of tokens.
-        rate = self.rng.uniform(0.01, 16, s.value_heads).astype(np.float32)
-        self._dense(name + "A_log", "F32", np.log(rate))
-        step = np.exp(self.rng.uniform(math.log(0.001), math.log(0.1), s.value_heads))
-        self._bf16(name + "dt_bias", np.log(np.expm1(step)))
-        self._norm(name + "norm", s.linear_head_dim)
-        self._output(name + "out_proj", (s.hidden, values))
-
-    def _attention(self, name: str) -> None:
-        s = self.shape
-        width = s.heads * s.head_dim
-        self._linear(name + "q_proj", (2 * width, s.hidden))
-        self._linear(name + "k_proj", (s.kv_heads * s.head_dim, s.hidden))
-        self._linear(name + "v_proj", (s.kv_heads * s.head_dim, s.hidden))
-        self._norm(name + "q_norm", s.head_dim)
-        self._norm(name + "k_norm", s.head_dim)
-        self._output(name + "o_proj", (s.hidden, width))
-
-    def _moe(self, name: str) -> None:
-        s = self.shape
-        self._linear(name + "gate", (s.experts, s.hidden), 2.0, ROUTER)
-        self._linear(name + "shared_expert_gate", (1, s.hidden), 1.0, ROUTER)
-        for kind, lead, inner in (
-            ("shared_expert.", (), s.shared_intermediate),
-            ("switch_mlp.", (s.experts,), s.intermediate),
-        ):
-            self._linear(name + kind + "gate_proj", (*lead, inner, s.hidden))
-            self._linear(name + kind + "up_proj", (*lead, inner, s.hidden))
-            self._output(name + kind + "down_proj", (*lead, s.hidden, inner))
+    def _matrix_of(self, weight: Weight, name: str, shape: tuple[int, ...]) -> None:
+        if weight.role == EMBEDDINGS:
+            self._matrix(name, shape, 1.0)
+        elif name.endswith(("out_proj", "o_proj", "down_proj")):  # writes to the residual stream
+            self._output(name, shape)
+        elif name.endswith("mlp.gate"):
+            self._linear(name, shape, 2.0, ROUTER)
+        elif weight.role == ROUTER_ROLE:
+            self._linear(name, shape, 1.0, ROUTER)
+        else:
+            self._linear(name, shape, 3.0 if weight.role == HEAD else 1.0)
 
     def _output(self, name: str, shape: tuple[int, ...]) -> None:
         """A projection that writes to the residual stream."""
         # Its inputs are of about 0.5: gated, or weighted over experts.
-        self._linear(name, shape, 2 * STREAM_GAIN / math.sqrt(3 * self.shape.layers))
+        self._linear(name, shape, 2 * STREAM_GAIN / math.sqrt(3 * self.layers))
 
     def _linear(
         self,
@@ -218,9 +201,6 @@ class Weights:
 
         return chunks
 
-    def _norm(self, name: str, size: int) -> None:
-        self._bf16(name + ".weight", self.rng.normal(1, 0.1, size))
-
     def _bf16(self, name: str, values: npt.NDArray[np.float64]) -> None:
         self._dense(name, "BF16", to_bf16(values.astype(np.float32)))
 
@@ -262,7 +242,9 @@ def make_checkpoint(
     """
     if directory.exists() and any(directory.iterdir()):
         raise SystemExit(f"{directory} is not empty: name a new directory")
-    weights = Weights(shape, bits, group, seed)
+    metadata = Metadata(directory)
+    metadata.config = _config(shape)
+    weights = Weights(ModelConfig.of(metadata), bits, group, seed)
     total = sum(tensor.nbytes for tensor in weights.tensors)
     parent = next(p for p in directory.absolute().parents if p.exists())
     free = shutil.disk_usage(parent).free
@@ -274,7 +256,9 @@ def make_checkpoint(
     directory.mkdir(parents=True, exist_ok=True)
     _write_shards(directory, weights.tensors, progress)
     _write_tokenizer(directory, shape.vocab)
-    _write_json(directory / "config.json", _config(shape, bits, group, weights.exceptions))
+    quantization = {"group_size": group, "bits": bits, "mode": "affine", **weights.exceptions}
+    both = dict.fromkeys(("quantization", "quantization_config"), quantization)
+    _write_json(directory / "config.json", metadata.config | both)
     return total
 
 
@@ -313,10 +297,7 @@ def _write_shards(
     _write_json(directory / "model.safetensors.index.json", index)
 
 
-def _config(
-    shape: Shape, bits: int, group: int, exceptions: dict[str, dict[str, int]]
-) -> dict[str, Any]:
-    quantization = {"group_size": group, "bits": bits, "mode": "affine", **exceptions}
+def _config(shape: Shape) -> dict[str, Any]:
     end, _, turn_end = _special_ids(shape.vocab)
     return {
         "architectures": ["Qwen3_5MoeForConditionalGeneration"],
@@ -353,8 +334,6 @@ def _config(
                 "partial_rotary_factor": 0.25,
             },
         },
-        "quantization": quantization,
-        "quantization_config": quantization,
     }
 
 

@@ -63,10 +63,10 @@ def _prompts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     tokenizer = make_tokenizer()
     forward = FakeEngine.forward
 
-    def spy(self, state, ids, all_logits=False):
+    def spy(self, state, ids, *rest, **options):
         if state.position == 0:
             prompts.append(tokenizer.decode(ids.tolist(), skip_special_tokens=False))
-        return forward(self, state, ids, all_logits)
+        return forward(self, state, ids, *rest, **options)
 
     monkeypatch.setattr(FakeEngine, "forward", spy)
     return prompts
@@ -149,10 +149,10 @@ def test_errors_are_one_line_and_a_code(model, arguments, code, message) -> None
 def test_a_read_error_ends_with_code_1_after_the_text_so_far(model, monkeypatch) -> None:
     forward = FakeEngine.forward
 
-    def fail_later(self, state, ids, all_logits=False):
+    def fail_later(self, state, ids, *rest, **options):
         if len(self.calls) == 3:
             raise flashmoe.ReadError("layer-000.safetensors: short read at byte 123")
-        return forward(self, state, ids, all_logits)
+        return forward(self, state, ids, *rest, **options)
 
     monkeypatch.setattr(FakeEngine, "forward", fail_later)
     result = _run("generate", model, "x")

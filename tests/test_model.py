@@ -99,7 +99,7 @@ def test_a_damaged_generation_config_is_named(engine, directory) -> None:
 def test_a_long_prompt_goes_in_chunks_and_says_how_far_it_is(model, engine) -> None:
     seen = []
     chunk = 128
-    model.setting = dataclasses.replace(model.setting, chunk=chunk)
+    model._scheduler.chunk = chunk
     prompt = [i % 500 for i in range(2 * chunk + 5)]
     list(
         model.generate(
@@ -252,15 +252,8 @@ def test_two_calls_on_one_state_are_checked_again_when_the_second_begins(engine,
     assert state.position == 8
 
 
-def test_threads_on_one_model_take_turns(model, engine) -> None:
-    inside = threading.Lock()
-
-    def alone() -> None:
-        assert inside.acquire(blocking=False), "two threads in one engine"
-        threading.Event().wait(0.001)
-        inside.release()
-
-    engine.before_forward = alone
+def test_threads_on_one_model_get_what_they_would_get_alone(model, engine) -> None:
+    engine.before_forward = lambda: threading.Event().wait(0.001)
     answers: dict[int, list[int]] = {}
 
     def work(i: int) -> None:
@@ -419,28 +412,36 @@ def test_chat_renders_the_template(monkeypatch, directory) -> None:
     assert "".join(token.text for token in tokens) == "Hi"
 
 
-def test_chat_computes_only_what_a_state_does_not_hold(model, engine) -> None:
-    state = model.new_state()
-    turns = [{"role": "user", "content": "Hello"}]
-    list(model.chat(turns, max_tokens=0, state=state))
-    longer = [
-        *turns,
+def _chat_ids(chat) -> list[int]:
+    return [delta.token.id for delta in chat if delta.token is not None]
+
+
+def test_chat_goes_on_from_a_state_and_leaves_the_conversation_in_it(engine, directory) -> None:
+    model = flashmoe.Model(directory, conversations=0)
+    messages = [
+        {"role": "user", "content": "Hello"},
         {"role": "assistant", "content": "<think>ok"},
         {"role": "user", "content": "Go"},
     ]
-    ids = model.tokenizer.encode(model.render(longer), add_special_tokens=False).ids
+    ids = model.prompt_ids(messages)
+    assert ids == model.tokenizer.encode(model.render(messages), add_special_tokens=False).ids
     fresh = _ids(model.generate(ids, max_tokens=4, temperature=0))
 
     state = model.new_state()
-    prefix = ids[:20]
-    list(model.generate(prefix, max_tokens=0, state=state))
+    list(model.generate(ids[:20], max_tokens=0, state=state))
     engine.calls.clear()
-    assert _ids(model.chat(longer, max_tokens=4, temperature=0, state=state)) == fresh
-    assert engine.calls[0] == len(ids) - 20
+    chat = model.chat(messages, max_tokens=4, temperature=0, state=state)
+    assert _chat_ids(chat) == fresh
+    assert sum(engine.calls) == len(ids) - 20 + 3
+    assert (chat.answer.prompt_tokens, chat.answer.cached_tokens) == (len(ids), 20)
+    assert state.tokens == (*ids, *fresh)
 
-    other = model.new_state()
-    list(model.generate([9, 9], max_tokens=0, state=other))
-    assert _ids(model.chat(longer, max_tokens=4, temperature=0, state=other)) == fresh
+    for held in ([9, 9], ids):  # another conversation; this one, without what follows it
+        other = model.new_state()
+        list(model.generate(held, max_tokens=0, state=other))
+        chat = model.chat(messages, max_tokens=4, temperature=0, state=other)
+        assert _chat_ids(chat) == fresh
+        assert other.tokens == (*ids, *fresh)
 
 
 @pytest.mark.parametrize(

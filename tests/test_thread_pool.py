@@ -1,4 +1,4 @@
-"""The thread pool under ThreadSanitizer: tests/native/thread_pool_test.cpp, compiled here."""
+"""What threads share, under ThreadSanitizer: programs of tests/native, compiled here."""
 
 import os
 import shutil
@@ -12,11 +12,12 @@ NATIVE = ROOT / "src/flashmoe_native"
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 
 
-def test_every_task_runs_once_without_a_race(tmp_path: Path) -> None:
+@pytest.mark.parametrize("subject", ["thread_pool", "turn"])
+def test_threads_share_it_without_a_race(tmp_path: Path, subject: str) -> None:
     if COMPILER is None:
         pytest.skip("no C++ compiler")
-    program = tmp_path / "thread_pool_test"
-    sources = [ROOT / "tests/native/thread_pool_test.cpp", NATIVE / "core/thread_pool.cpp"]
+    program = tmp_path / f"{subject}_test"
+    sources = [ROOT / f"tests/native/{subject}_test.cpp", NATIVE / f"core/{subject}.cpp"]
     command = [COMPILER, "-std=c++20", "-O1", "-g", "-fsanitize=thread", "-pthread", "-Wall"]
     command += ["-Wextra", "-Werror", f"-I{NATIVE}", *map(str, sources), "-o", str(program)]
     built = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)

@@ -36,15 +36,36 @@ class State:
     @property
     def position(self) -> int: ...
     @property
-    def nbytes(self) -> int: ...
-    def fork(self) -> State: ...
+    def nbytes(self) -> int:
+        """Bytes held, those of shared keys and values too."""
+    @property
+    def shared(self) -> tuple[int, int]:
+        """The keys and values that forks share: what tells them from others, and their bytes."""
+    def fork(self) -> State:
+        """A copy that shares keys and values until one of both writes behind the other's end.
+
+        It waits for no turn; StateError where the state is in use at this moment."""
     def export(self) -> dict[str, npt.NDArray[Any]]:
         """Copies: `layers.N.keys`, `.values` [kv_heads, position, head_dim] (float32, or uint16
         holding bfloat16), `.conv` [kernel - 1, channels], `.recurrent` [heads, Dk, Dv]."""
     def restore(self, position: int, tensors: dict[str, npt.NDArray[Any]]) -> None: ...
 
+class Request:
+    """Who wants passes. Once a thread has cancelled it they raise StoppedError within a layer."""
+
+    def cancel(self) -> None: ...
+    @property
+    def cancelled(self) -> bool: ...
+    @property
+    def seconds(self) -> float:
+        """What its latest pass took, without the wait for its turn."""
+
 class Engine:
-    """A loaded model. One thread at a time uses it and its states; a second gets StateError.
+    """A loaded model. Threads that use it and its states take turns, in the order they asked;
+    only `State.fork` waits for none.
+
+    A call waits for its turn without the GIL. From a signal handler that interrupts another call
+    of its thread it would wait for ever, and raises StateError instead.
 
     config holds ModelConfig's fields and `experts_per_token`, the number in force. progress is
     called with (bytes read, bytes in all) while weights are loaded. kernels is the directory of a
@@ -76,6 +97,7 @@ class Engine:
         ids: npt.NDArray[np.int32],
         all_logits: bool = False,
         routing: Literal[False] = False,
+        request: Request | None = None,
     ) -> npt.NDArray[np.float32]: ...
     @overload
     def forward(
@@ -85,19 +107,22 @@ class Engine:
         all_logits: bool = False,
         *,
         routing: Literal[True],
+        request: Request | None = None,
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]:
         """Appends ids to state; float32 logits [vocab] of the last one, or [len(ids), vocab].
 
-        With routing, also int32 [len(ids), layers, top_k]: each token's experts, likeliest first.
+        With routing, also int32 [len(ids), layers, experts_per_token]: each token's experts, the
+        likeliest first.
 
         ids go through in chunks of `chunk`. After an exception (ReadError, CheckpointError,
-        StateError, DeviceError, KeyboardInterrupt) state is as it was before the chunk that failed.
+        StateError, DeviceError, StoppedError, KeyboardInterrupt) state is as it was before the
+        chunk that failed.
         """
     def stats(self) -> dict[str, float]:
         """reads, bytes_read, bytes_cached (of them in the page cache; -1 where the system cannot
         tell), read_seconds (summed over reads, which overlap), wait_seconds, expert_hits,
-        expert_misses, tokens, forward_seconds, head_seconds, resident_bytes, slot_bytes,
-        activation_bytes."""
+        expert_misses, rows (passed to Forward), forward_seconds, head_seconds, resident_bytes,
+        slot_bytes, activation_bytes."""
     def layer_times(self) -> list[dict[str, float]]:
         """Seconds so far in each layer's mixer (with its norm), router, wait (for experts), experts
         (the shared one too) and combine, as the host saw them."""

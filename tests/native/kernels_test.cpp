@@ -223,12 +223,13 @@ std::vector<Result> compute() {
     }
   }
 
-  const int n = 3, hidden = 101, top_k = 3;
-  const auto expert_out = random_floats(n * top_k * hidden), weights = random_floats(n * top_k),
-             shared = random_floats(n * hidden), gate = random_floats(n, 4);
+  const int n = 3, hidden = 101, experts_per_token = 3;
+  const auto expert_out = random_floats(n * experts_per_token * hidden),
+             weights = random_floats(n * experts_per_token), shared = random_floats(n * hidden),
+             gate = random_floats(n, 4);
   std::vector<float> x = random_floats(n * hidden);
-  exact->combine(
-      n, {hidden, top_k, expert_out.data(), weights.data(), shared.data(), gate.data(), x.data()});
+  exact->combine(n, {hidden, experts_per_token, expert_out.data(), weights.data(), shared.data(),
+                     gate.data(), x.data()});
   add("combine", 1e-6f, x);
   return results;
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,6 +73,14 @@ class Tokenizer:
                 f"the prompt is not valid Unicode: character {at} is {text[at]!r}, half of a "
                 "surrogate pair; was it decoded from bytes that are not UTF-8?"
             ) from None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens as they are written."""
+        return str(self.library.decode(list(ids), skip_special_tokens=False))
+
+    def token(self, token: int) -> str:
+        """How a token is written in a text, special ones too; "" for an id that is none."""
+        return self.library.id_to_token(token) or ""
 
     def piece(self, token: int) -> str:
         """The vocabulary's entry for an id, in the byte alphabet; "" for special ones and none."""

@@ -21,11 +21,13 @@ class Token:
             not complete yet, and for special tokens; all texts together are the answer.
         logprob: natural logarithm of its probability under the model, before penalties,
             temperature and filters.
+        alternatives: the most probable ids with their logprobs, as many as were asked for.
     """
 
     id: int
     text: str
     logprob: float
+    alternatives: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
-import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,7 +44,6 @@ class Engine:
     native: _native.Engine
     checkpoint: Checkpoint
     setting: Setting
-    turn: threading.Lock = field(default_factory=threading.Lock)
 
 
 def open_engine(checkpoint: Checkpoint, setting: Setting, progress: Progress | None) -> Engine:

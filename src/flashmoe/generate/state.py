@@ -64,7 +64,7 @@ class State:
 
     def fork(self) -> State:
         """An independent copy: what is done with one leaves the other as it is."""
-        with self._held(), self._engine.turn:
+        with self._held():
             return State(self._engine, self._native.fork(), list(self._tokens))
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -74,7 +74,7 @@ class State:
             WriteError: it cannot be written; what was there is then still there.
         """
         path = Path(path)
-        with self._held(), self._engine.turn:
+        with self._held():
             arrays: dict[str, npt.NDArray[Any]] = {
                 "tokens": np.array(self._tokens, np.int32),
                 **self._native.export(),
@@ -132,20 +132,13 @@ class State:
         computed = metadata.get("computed", "")
         if not computed.isdecimal() or int(computed) > len(tokens):
             raise CheckpointError(f"{path}: {len(tokens)} tokens, of which {computed!r} computed")
-        with engine.turn:
-            state = cls(engine, engine.native.new_state(), tokens)
+        state = cls(engine, engine.native.new_state(), tokens)
         if int(computed) > 0:
             try:
-                with engine.turn:
-                    state._native.restore(int(computed), arrays)
+                state._native.restore(int(computed), arrays)
             except (ValueError, StateError) as error:
                 raise CheckpointError(f"{path}: {error}") from error
         return state
-
-    def _restart(self) -> None:
-        with self._held(), self._engine.turn:
-            self._native = self._engine.native.new_state()
-            self._tokens = []
 
     def _held(self) -> _Held:
         return _Held(self._lock)

@@ -90,9 +90,9 @@ struct AttentionCall {
 
 struct CombineCall {
   int hidden;
-  int top_k;
-  const float* expert_out;      // [n * top_k, hidden]: row t * top_k + j is token t's j-th expert
-  const float* expert_weights;  // [n, top_k]
+  int experts_per_token;
+  const float* expert_out;      // [n, experts_per_token, hidden]: token by token, expert by expert
+  const float* expert_weights;  // [n, experts_per_token]
   const float* shared_out;      // [n, hidden]
   const float* shared_gate;     // [n], before its sigmoid
   float* x;                     // [n, hidden], added to in the order j = 0, 1, ..., then shared
@@ -122,10 +122,11 @@ class Backend {
   virtual void causal_conv(int n, const ConvCall& call) = 0;
   virtual void gated_delta(int n, const DeltaCall& call) = 0;
   virtual void attention(int n, const AttentionCall& call) = 0;
-  // Softmax over all `experts` logits, the top_k largest (ties: lower index first) in falling
-  // order, weights divided by their sum if `renormalise`. ids and weights are [n, top_k].
-  virtual void route(int n, int experts, int top_k, bool renormalise, const float* logits,
-                     int32_t* ids, float* weights) = 0;
+  // Softmax over all `experts` logits, the largest of them (ties: lower index first) in falling
+  // order, weights divided by their sum if `renormalise`. ids and weights are
+  // [n, experts_per_token].
+  virtual void route(int n, int experts, int experts_per_token, bool renormalise,
+                     const float* logits, int32_t* ids, float* weights) = 0;
   // x is [n, hidden]. The calls' outputs do not overlap.
   virtual void experts(int n, const float* x, std::span<const ExpertCall> calls) = 0;
   virtual void combine(int n, const CombineCall& call) = 0;

@@ -7,6 +7,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <atomic>
 #include <chrono>
 #include <cstring>
 #include <optional>
@@ -82,35 +83,47 @@ void add_experts(CheckpointSpec& spec, const Format& gate, const Format& up, con
 }
 
 ModelConfig to_config(const nb::dict& values) {
-  const auto number = [&](const char* key) { return nb::cast<int>(values[key]); };
   ModelConfig config;
-  config.hidden = number("hidden_size");
-  config.vocab = number("vocab_size");
+  const std::pair<const char*, int*> numbers[] = {
+      {"hidden_size", &config.hidden_size},
+      {"vocab_size", &config.vocab_size},
+      {"num_attention_heads", &config.num_attention_heads},
+      {"num_key_value_heads", &config.num_key_value_heads},
+      {"head_dim", &config.head_dim},
+      {"rotary_dim", &config.rotary_dim},
+      {"linear_num_key_heads", &config.linear_num_key_heads},
+      {"linear_num_value_heads", &config.linear_num_value_heads},
+      {"linear_key_head_dim", &config.linear_key_head_dim},
+      {"linear_value_head_dim", &config.linear_value_head_dim},
+      {"linear_conv_kernel_dim", &config.linear_conv_kernel_dim},
+      {"num_experts", &config.num_experts},
+      {"experts_per_token", &config.experts_per_token},
+  };
+  for (const auto& [key, number] : numbers) *number = nb::cast<int>(values[key]);
   for (nb::handle type : nb::cast<nb::sequence>(values["layer_types"])) {
     config.attention_layers.push_back(nb::cast<std::string>(type) == "full_attention");
   }
-  config.norm_eps = nb::cast<float>(values["rms_norm_eps"]);
-  config.heads = number("num_attention_heads");
-  config.kv_heads = number("num_key_value_heads");
-  config.head_dim = number("head_dim");
-  config.rotary_dim = number("rotary_dim");
+  config.rms_norm_eps = nb::cast<float>(values["rms_norm_eps"]);
   config.rope_theta = nb::cast<float>(values["rope_theta"]);
-  config.key_heads = number("linear_num_key_heads");
-  config.value_heads = number("linear_num_value_heads");
-  config.key_dim = number("linear_key_head_dim");
-  config.value_dim = number("linear_value_head_dim");
-  config.conv_kernel = number("linear_conv_kernel_dim");
-  config.experts = number("num_experts");
-  config.top_k = number("experts_per_token");
-  config.renormalise = nb::cast<bool>(values["norm_topk_prob"]);
+  config.norm_topk_prob = nb::cast<bool>(values["norm_topk_prob"]);
   return config;
 }
 
+// Who wants passes: another thread may say that it does not any more.
+struct Request {
+  std::atomic<bool> cancelled = false;
+  std::atomic<double> seconds = 0;  // of its latest pass, without the wait for its turn
+};
+
 // Runs Python's signal handlers (Ctrl-C) now and then from native code that released the GIL;
-// taking it back may wait for other threads, so not at every call.
+// taking it back may wait for other threads, so not at every call. Throws Stopped where
+// the request is cancelled.
 class SignalCheck {
  public:
+  explicit SignalCheck(const Request* request = nullptr) : request_(request) {}
+
   void operator()() {
+    if (request_ && request_->cancelled) throw Stopped("the work was cancelled");
     const auto now = Clock::now();
     if (now - last_ < std::chrono::milliseconds(20)) return;
     last_ = now;
@@ -120,12 +133,38 @@ class SignalCheck {
 
  private:
   using Clock = std::chrono::steady_clock;
+  const Request* request_;
   Clock::time_point last_ = Clock::now();
 };
+
+// Waits without the GIL until this thread may use the engine and its states.
+Turn take_turn(Engine& engine) {
+  const nb::gil_scoped_release release;
+  return Turn(engine.turns(), SignalCheck());
+}
 
 struct PyState {
   Engine& engine;  // kept alive by the Python object
   State state;
+  std::atomic<bool> in_use = false;
+
+  PyState(Engine& engine, State state) : engine(engine), state(std::move(state)) {}
+
+  // Holds a state for one thread, or throws StateError.
+  class Use {
+   public:
+    explicit Use(PyState& self) : self_(self) {
+      if (self_.in_use.exchange(true, std::memory_order_acquire)) {
+        throw StateError("this state is in use by another call; fork() it before, or wait");
+      }
+    }
+    ~Use() { self_.in_use.store(false, std::memory_order_release); }
+    Use(const Use&) = delete;
+    Use& operator=(const Use&) = delete;
+
+   private:
+    PyState& self_;
+  };
 };
 
 // Copies between a cache [kv_heads, capacity, row] and an array [kv_heads, position, row].
@@ -133,7 +172,7 @@ void copy_rows(const State& state, int layer, int kv_heads, std::byte* cache, st
                bool to_array) {
   const size_t used = state.row_bytes() * static_cast<size_t>(state.position());
   if (used == 0) return;  // there may be no cache yet
-  const size_t stride = state.row_bytes() * static_cast<size_t>(state.caches[layer].capacity);
+  const size_t stride = state.row_bytes() * static_cast<size_t>(state.cache(layer).capacity);
   for (int head = 0; head < kv_heads; ++head) {
     std::byte* in_cache = cache + stride * head;
     std::byte* in_array = array + used * head;
@@ -149,19 +188,19 @@ void visit_tensors(PyState& self, Visit&& visit) {
   for (int layer = 0; layer < config.layers(); ++layer) {
     const std::string prefix = "layers." + std::to_string(layer) + ".";
     if (config.attention_layers[layer]) {
-      const std::vector<size_t> shape{static_cast<size_t>(config.kv_heads),
+      const std::vector<size_t> shape{static_cast<size_t>(config.num_key_value_heads),
                                       static_cast<size_t>(state.position()),
                                       static_cast<size_t>(config.head_dim)};
-      visit(prefix + "keys", layer, state.caches[layer].keys.get(), true, shape);
-      visit(prefix + "values", layer, state.caches[layer].values.get(), true, shape);
+      visit(prefix + "keys", layer, state.cache(layer).keys.get(), true, shape);
+      visit(prefix + "values", layer, state.cache(layer).values.get(), true, shape);
     } else {
       visit(prefix + "conv", layer, state.deltas[layer].conv.get(), false,
-            std::vector<size_t>{static_cast<size_t>(config.conv_kernel - 1),
+            std::vector<size_t>{static_cast<size_t>(config.linear_conv_kernel_dim - 1),
                                 static_cast<size_t>(config.conv_channels())});
       visit(prefix + "recurrent", layer, state.deltas[layer].recurrent.get(), false,
-            std::vector<size_t>{static_cast<size_t>(config.value_heads),
-                                static_cast<size_t>(config.key_dim),
-                                static_cast<size_t>(config.value_dim)});
+            std::vector<size_t>{static_cast<size_t>(config.linear_num_value_heads),
+                                static_cast<size_t>(config.linear_key_head_dim),
+                                static_cast<size_t>(config.linear_value_head_dim)});
     }
   }
 }
@@ -178,7 +217,8 @@ std::byte* data_of(const nb::object& array) {
 }
 
 nb::dict export_state(PyState& self) {
-  const Engine::Use use(self.engine);
+  const Turn turn = take_turn(self.engine);
+  const PyState::Use use(self);
   const bool half = self.state.cache_dtype() == DType::BF16;
   nb::dict result;
   visit_tensors(self, [&](const std::string& name, int layer, std::byte* data, bool cache,
@@ -196,7 +236,8 @@ nb::dict export_state(PyState& self) {
 
 // A state of `position` tokens with what export_state() gave, into a fresh state.
 void restore_state(PyState& self, int64_t position, const nb::dict& tensors) {
-  const Engine::Use use(self.engine);
+  const Turn turn = take_turn(self.engine);
+  const PyState::Use use(self);
   require(self.state.position() == 0, "restore: the state is not a fresh one");
   require(position >= 0, "restore: position is negative");
   State filled = self.state.fork();
@@ -223,9 +264,11 @@ void restore_state(PyState& self, int64_t position, const nb::dict& tensors) {
   self.state = std::move(fresh.state);
 }
 
-// float32 logits, or with `routing` a tuple of them and int32 [len(ids), layers, top_k].
-nb::object forward(Engine& engine, PyState& state, const Ids& ids, bool all_logits, bool routing) {
-  const auto vocab = static_cast<size_t>(engine.config().vocab);
+// float32 logits, or with `routing` a tuple of them and int32 [len(ids), layers,
+// experts_per_token].
+nb::object forward(Engine& engine, PyState& state, const Ids& ids, bool all_logits, bool routing,
+                   Request* request) {
+  const auto vocab = static_cast<size_t>(engine.config().vocab_size);
   require(ids.shape(0) > 0, "forward: ids is empty");
   require(&state.engine == &engine, "forward: the state belongs to another model");
   for (size_t i = 0; i < ids.shape(0); ++i) {
@@ -240,20 +283,27 @@ nb::object forward(Engine& engine, PyState& state, const Ids& ids, bool all_logi
   nb::object experts;
   if (routing) {
     experts = new_array({ids.shape(0), static_cast<size_t>(engine.config().layers()),
-                         static_cast<size_t>(engine.config().top_k)},
+                         static_cast<size_t>(engine.config().experts_per_token)},
                         "int32");
     out.routing = reinterpret_cast<int32_t*>(data_of(experts));
   }
   const std::span<const int32_t> tokens(ids.data(), ids.shape(0));
   {
     nb::gil_scoped_release release;
-    const Engine::Use use(engine);
-    engine.forward(state.state, tokens, out, SignalCheck());
+    const Turn turn(engine.turns(), SignalCheck(request));
+    const PyState::Use use(state);
+    const auto start = std::chrono::steady_clock::now();
+    engine.forward(state.state, tokens, out, SignalCheck(request));
+    if (request) {
+      request->seconds =
+          std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    }
   }
   return routing ? nb::make_tuple(logits, experts) : logits;
 }
 
-nb::dict statistics(const Engine& engine) {
+nb::dict statistics(Engine& engine) {
+  const Turn turn = take_turn(engine);
   const Engine::Statistics now = engine.statistics();
   nb::dict result;
   result["reads"] = now.experts.reads;
@@ -263,7 +313,7 @@ nb::dict statistics(const Engine& engine) {
   result["wait_seconds"] = now.experts.wait_seconds;
   result["expert_hits"] = now.experts.hits;
   result["expert_misses"] = now.experts.misses;
-  result["tokens"] = now.tokens;
+  result["rows"] = now.rows;
   result["forward_seconds"] = now.forward_seconds;
   result["resident_bytes"] = now.resident_bytes;
   result["slot_bytes"] = now.slot_bytes;
@@ -272,7 +322,8 @@ nb::dict statistics(const Engine& engine) {
   return result;
 }
 
-nb::list layer_times(const Engine& engine) {
+nb::list layer_times(Engine& engine) {
+  const Turn turn = take_turn(engine);
   nb::list result;
   for (const LayerTimes& times : engine.statistics().layers) {
     nb::dict layer;
@@ -309,6 +360,7 @@ void bind_engine(nb::module_& m) {
   translate<DeviceError>("DeviceError");
   translate<ReadError>("ReadError");
   translate<StateError>("StateError");
+  translate<Stopped>("StoppedError");
 
   nb::class_<Format>(m, "Format")
       .def(
@@ -330,14 +382,26 @@ void bind_engine(nb::module_& m) {
            "plus_one"_a = false)
       .def("add_experts", add_experts, "gate"_a, "up"_a, "down"_a, "extents"_a);
 
+  nb::class_<Request>(m, "Request")
+      .def(nb::init<>())
+      .def("cancel", [](Request& self) { self.cancelled = true; })
+      .def_prop_ro("cancelled", [](const Request& self) { return self.cancelled.load(); })
+      .def_prop_ro("seconds", [](const Request& self) { return self.seconds.load(); });
+
   nb::class_<PyState>(m, "State")
       .def_prop_ro("position", [](const PyState& self) { return self.state.position(); })
       .def_prop_ro("nbytes", [](const PyState& self) { return self.state.bytes(); })
+      .def_prop_ro("shared",
+                   [](const PyState& self) {
+                     const KeyValues& shared = self.state.key_values();
+                     return nb::make_tuple(reinterpret_cast<uintptr_t>(&shared),
+                                           shared.bytes.load());
+                   })
       .def(
           "fork",
           [](PyState& self) {
             const nb::gil_scoped_release release;
-            const Engine::Use use(self.engine);
+            const PyState::Use use(self);
             return new PyState{self.engine, self.state.fork()};
           },
           nb::rv_policy::take_ownership, nb::keep_alive<0, 1>())
@@ -357,8 +421,9 @@ void bind_engine(nb::module_& m) {
             require(static_cast<size_t>(parsed.layers()) == checkpoint.experts.size(),
                     "Engine: experts of every layer are needed");
             for (const ExpertsSpec& experts : checkpoint.experts) {
-              require(static_cast<int>(experts.extents.size()) == parsed.experts * experts.parts(),
-                      "Engine: a layer has another number of experts than the config");
+              require(
+                  static_cast<int>(experts.extents.size()) == parsed.num_experts * experts.parts(),
+                  "Engine: a layer has another number of experts than the config");
             }
             nb::gil_scoped_release release;
             new (self) Engine(parsed, checkpoint, options, [&](int64_t done, int64_t total) {
@@ -374,15 +439,18 @@ void bind_engine(nb::module_& m) {
       .def(
           "new_state",
           [](Engine& self) {
-            const Engine::Use use(self);
+            const nb::gil_scoped_release release;
+            const Turn turn(self.turns(), SignalCheck());
             return new PyState{self, self.new_state()};
           },
           nb::rv_policy::take_ownership, nb::keep_alive<0, 1>())
-      .def("forward", forward, "state"_a, "ids"_a, "all_logits"_a = false, "routing"_a = false)
+      .def("forward", forward, "state"_a, "ids"_a, "all_logits"_a = false, "routing"_a = false,
+           "request"_a = nb::none())
       .def("stats", statistics)
       .def("layer_times", layer_times)
       .def("close", [](Engine& self) {
-        const Engine::Use use(self);
+        const nb::gil_scoped_release release;
+        const Turn turn(self.turns(), SignalCheck());
         self.close();
       });
 

@@ -248,14 +248,16 @@ class Ops {
     return out;
   }
 
-  std::pair<Out<int32_t>, Out<float>> route(In<float> logits, int top_k, bool renormalise) {
+  std::pair<Out<int32_t>, Out<float>> route(In<float> logits, int experts_per_token,
+                                            bool renormalise) {
     const int n = extent(logits, "logits", 0, 2), experts = extent(logits, "logits", 1, 2);
-    if (top_k < 1 || top_k > experts) {
-      throw std::invalid_argument("top_k must be between 1 and the number of experts");
+    if (experts_per_token < 1 || experts_per_token > experts) {
+      throw std::invalid_argument("experts_per_token must be between 1 and the number of experts");
     }
-    auto ids = make<int32_t>({logits.shape(0), static_cast<size_t>(top_k)});
-    auto weights = make<float>({logits.shape(0), static_cast<size_t>(top_k)});
-    backend_->route(n, experts, top_k, renormalise, logits.data(), ids.data(), weights.data());
+    auto ids = make<int32_t>({logits.shape(0), static_cast<size_t>(experts_per_token)});
+    auto weights = make<float>({logits.shape(0), static_cast<size_t>(experts_per_token)});
+    backend_->route(n, experts, experts_per_token, renormalise, logits.data(), ids.data(),
+                    weights.data());
     backend_->finish();
     return {ids, weights};
   }
@@ -293,15 +295,15 @@ class Ops {
   Out<float> combine(In<float> x, In<float> expert_out, In<float> expert_weights,
                      In<float> shared_out, In<float> shared_gate) {
     const int n = extent(x, "x", 0, 2), hidden = extent(x, "x", 1, 2);
-    const int top_k = extent(expert_weights, "expert_weights", 1, 2);
-    expect(expert_out, "expert_out", {int64_t{n} * top_k, hidden});
-    expect(expert_weights, "expert_weights", {n, top_k});
+    const int experts_per_token = extent(expert_weights, "expert_weights", 1, 2);
+    expect(expert_out, "expert_out", {int64_t{n} * experts_per_token, hidden});
+    expect(expert_weights, "expert_weights", {n, experts_per_token});
     expect(shared_out, "shared_out", {n, hidden});
     expect(shared_gate, "shared_gate", {n});
     auto out = make<float>({x.shape(0), x.shape(1)});
     std::copy_n(x.data(), x.size(), out.data());
     backend_->combine(n, {.hidden = hidden,
-                          .top_k = top_k,
+                          .experts_per_token = experts_per_token,
                           .expert_out = expert_out.data(),
                           .expert_weights = expert_weights.data(),
                           .shared_out = shared_out.data(),
@@ -353,7 +355,8 @@ void bind_ops(nb::module_& m) {
       .def("attention", &Ops::attention, nb::arg("q_gate"), nb::arg("k"), nb::arg("v"),
            nb::arg("q_norm"), nb::arg("k_norm"), nb::arg("keys"), nb::arg("values"),
            nb::arg("position"), nb::arg("rotary_dim"), nb::arg("rope_theta"), nb::arg("eps"))
-      .def("route", &Ops::route, nb::arg("logits"), nb::arg("top_k"), nb::arg("renormalise"))
+      .def("route", &Ops::route, nb::arg("logits"), nb::arg("experts_per_token"),
+           nb::arg("renormalise"))
       .def("experts", &Ops::experts, nb::arg("x"), nb::arg("calls"), nb::arg("rows"))
       .def("combine", &Ops::combine, nb::arg("x"), nb::arg("expert_out"), nb::arg("expert_weights"),
            nb::arg("shared_out"), nb::arg("shared_gate"));

@@ -21,8 +21,13 @@ struct DeviceError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// The object is closed, or in use by another thread.
+// The object is closed, or this thread is in the middle of another call to it.
 struct StateError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// Who asked for the work does not want it any more.
+struct Stopped : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 

@@ -44,13 +44,6 @@ std::vector<std::string> Engine::backends() {
 #endif
 }
 
-Engine::Use::Use(Engine& engine) : engine_(engine) {
-  if (engine_.in_use_.exchange(true, std::memory_order_acquire)) {
-    throw StateError(
-        "this model is in use by another thread; let it finish, or open a second Model");
-  }
-}
-
 Engine::Engine(ModelConfig config, CheckpointSpec spec, const Options& options,
                const Progress& progress)
     : config_(std::move(config)),
@@ -60,9 +53,10 @@ Engine::Engine(ModelConfig config, CheckpointSpec spec, const Options& options,
       files_(open_all(spec_.files)),
       io_(std::make_unique<IoQueue>(kReadsAtOnce)),
       weights_(std::make_unique<Weights>(*backend_, *io_, files_, spec_, config_, progress)) {
-  const ExpertStore::Options experts = {.min_slots = std::max(2 * config_.top_k, kReadsAtOnce),
-                                        .cache_bytes = options_.cache_bytes,
-                                        .direct = options_.cache_bytes > 0};
+  const ExpertStore::Options experts = {
+      .min_slots = std::max(2 * config_.experts_per_token, kReadsAtOnce),
+      .cache_bytes = options_.cache_bytes,
+      .direct = options_.cache_bytes > 0};
   store_ = std::make_unique<ExpertStore>(*backend_, *io_, files_, spec_.experts, experts);
   forward_ = std::make_unique<Forward>(*backend_, config_, *weights_, *store_, options_.chunk);
 }
@@ -89,13 +83,13 @@ void Engine::forward(State& state, std::span<const int32_t> ids, const Output& o
     const bool last = begin + part.size() == ids.size();
     Output of_part = out;
     if (out.all_logits) {
-      of_part.logits += begin * static_cast<size_t>(config_.vocab);
+      of_part.logits += begin * static_cast<size_t>(config_.vocab_size);
     } else if (!last) {
       of_part.logits = nullptr;
     }
-    if (out.routing) of_part.routing += begin * config_.layers() * config_.top_k;
+    if (out.routing) of_part.routing += begin * config_.layers() * config_.experts_per_token;
+    rows_ += static_cast<int64_t>(part.size());
     forward_->run(state, part, of_part, check);
-    tokens_ += static_cast<int64_t>(part.size());
   }
   forward_seconds_ +=
       std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
@@ -104,7 +98,7 @@ void Engine::forward(State& state, std::span<const int32_t> ids, const Output& o
 Engine::Statistics Engine::statistics() const {
   require_open();
   return {.experts = store_->statistics(),
-          .tokens = tokens_,
+          .rows = rows_,
           .forward_seconds = forward_seconds_,
           .resident_bytes = weights_->bytes,
           .slot_bytes = store_->slot_bytes(),

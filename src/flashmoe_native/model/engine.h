@@ -1,7 +1,6 @@
 // A loaded model: its files, its backend and what runs on it.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -12,6 +11,7 @@
 #include "backend/backend.h"
 #include "core/file.h"
 #include "core/io_queue.h"
+#include "core/turn.h"
 #include "experts/expert_store.h"
 #include "model/config.h"
 #include "model/forward.h"
@@ -35,7 +35,7 @@ class Engine {
 
   struct Statistics {
     ExpertStore::Statistics experts;
-    int64_t tokens = 0;
+    int64_t rows = 0;  // passed to Forward
     double forward_seconds = 0;
     int64_t resident_bytes = 0, slot_bytes = 0, activation_bytes = 0;
     std::vector<LayerTimes> layers;
@@ -48,17 +48,8 @@ class Engine {
   // Throws ReadError, CheckpointError and DeviceError.
   Engine(ModelConfig config, CheckpointSpec spec, const Options& options, const Progress& progress);
 
-  // One thread at a time uses an engine and its states: holds it, or throws StateError.
-  class Use {
-   public:
-    explicit Use(Engine& engine);
-    ~Use() { engine_.in_use_.store(false, std::memory_order_release); }
-    Use(const Use&) = delete;
-    Use& operator=(const Use&) = delete;
-
-   private:
-    Engine& engine_;
-  };
+  // One thread at a time uses an engine and its states: the caller of what follows has a Turn.
+  Turns& turns() { return turns_; }
 
   State new_state();
   // Appends ids to state, a chunk at a time; `out` is that of all ids. After an exception state is
@@ -79,8 +70,8 @@ class Engine {
   const ModelConfig config_;
   const CheckpointSpec spec_;
   const Options options_;
-  std::atomic<bool> in_use_ = false;
-  int64_t tokens_ = 0;
+  Turns turns_;
+  int64_t rows_ = 0;
   double forward_seconds_ = 0;
 
   // In the order in which they need one another.

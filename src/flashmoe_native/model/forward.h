@@ -19,7 +19,7 @@ namespace flashmoe {
 // the host, an operation's time is counted where the host waits for it.
 struct LayerTimes {
   double mixer = 0;    // norm, GatedDeltaNet or attention
-  double router = 0;   // norm, router, top-k
+  double router = 0;   // norm, router, choice of experts
   double wait = 0;     // for experts from disk
   double experts = 0;  // the shared one too
   double combine = 0;
@@ -29,7 +29,8 @@ struct LayerTimes {
 struct Output {
   float* logits = nullptr;  // [vocab] of the last token, or [n, vocab] if `all_logits`
   bool all_logits = false;
-  int32_t* routing = nullptr;  // [n, layers, top_k]: each token's experts, the likeliest first
+  // [n, layers, experts_per_token]: each token's experts, the likeliest first.
+  int32_t* routing = nullptr;
 };
 
 class Forward {
@@ -84,9 +85,9 @@ class Forward {
   float* mixed_;   // what the mixer gives before its output projection
 
   float* router_logits_;   // [chunk, experts]
-  int32_t* ids_;           // [chunk, top_k] experts of each token
-  float* expert_weights_;  // [chunk, top_k]
-  float* expert_out_;      // [chunk * top_k, hidden]
+  int32_t* ids_;           // [chunk, experts_per_token]: experts of each token
+  float* expert_weights_;  // [chunk, experts_per_token]
+  float* expert_out_;      // [chunk * experts_per_token, hidden]
   float* shared_out_;      // [chunk, hidden]
   float* shared_gate_;     // [chunk]
   float* logits_;          // [kHeadRows, vocab]

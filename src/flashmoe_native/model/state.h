@@ -1,7 +1,9 @@
 // Everything a sequence carries from token to token, as one value.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "backend/backend.h"
@@ -12,6 +14,14 @@ namespace flashmoe {
 struct KeyValueCache {           // of an attention layer
   Backend::Buffer keys, values;  // [kv_heads, capacity, head_dim]
   int64_t capacity = 0;
+};
+
+// The caches of all layers. They only ever grow, so that a state and its forks share them, each as
+// far as its own position.
+struct KeyValues {
+  std::vector<KeyValueCache> layers;  // empty ones for GatedDeltaNet layers
+  int64_t length = 0;                 // positions that are written: the longest state's
+  std::atomic<int64_t> bytes = 0;     // read by threads that do not have their turn
 };
 
 struct DeltaState {           // of a GatedDeltaNet layer
@@ -25,28 +35,32 @@ class State {
   State(State&&) = default;
   State& operator=(State&&) = default;
 
+  // A copy of the recurrent states that shares keys and values.
   State fork() const;
-  // Makes room for `tokens` in every cache; what they hold stays. A cache at a time is copied.
+  // Makes room for `tokens` in every cache, behind what this state holds of them. Where another
+  // state has written there, this one gets keys and values of its own. A cache at a time is copied.
   void reserve(int64_t tokens);
 
   int64_t position() const { return position_; }
   DType cache_dtype() const { return cache_dtype_; }
-  int64_t bytes() const;
+  int64_t bytes() const;  // shared keys and values too
+  const KeyValues& key_values() const { return *key_values_; }
   // Bytes of one layer's buffers.
   size_t conv_bytes() const;
   size_t recurrent_bytes() const;
   size_t row_bytes() const;  // of one head's key at one position
 
   // By layer; only the one of the layer's kind is there.
-  std::vector<KeyValueCache> caches;
+  KeyValueCache& cache(int layer) const { return key_values_->layers[layer]; }
   std::vector<DeltaState> deltas;
 
-  // `tokens` more have been taken in.
-  void advance(int64_t tokens) { position_ += tokens; }
+  // `tokens` more have been taken in, for which there was room.
+  void advance(int64_t tokens) { key_values_->length = position_ += tokens; }
 
  private:
-  KeyValueCache grown(const KeyValueCache& old, int64_t capacity) const;
+  KeyValueCache copy(const KeyValueCache& old, int64_t length, int64_t capacity) const;
 
+  std::shared_ptr<KeyValues> key_values_;
   Backend* backend_;
   const ModelConfig* config_;
   DType cache_dtype_;

@@ -12,7 +12,7 @@ DeltaWeights load_linear_attn(Loader& load, const std::string& prefix, const Mod
   w.in_proj_b = load.matrix(prefix + "in_proj_b");
   w.in_proj_a = load.matrix(prefix + "in_proj_a");
   w.out_proj = load.matrix(prefix + "out_proj");
-  w.conv1d = load.taps(prefix + "conv1d", config.conv_channels(), config.conv_kernel);
+  w.conv1d = load.taps(prefix + "conv1d", config.conv_channels(), config.linear_conv_kernel_dim);
   w.a_log = load.vector(prefix + "A_log");
   w.dt_bias = load.vector(prefix + "dt_bias");
   w.norm = load.vector(prefix + "norm");

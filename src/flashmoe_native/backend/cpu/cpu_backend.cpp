@@ -101,8 +101,8 @@ class CpuBackend final : public Backend {
   }
 
   void attention(int n, const AttentionCall& call) override;
-  void route(int n, int experts, int top_k, bool renormalise, const float* logits, int32_t* ids,
-             float* weights) override;
+  void route(int n, int experts, int experts_per_token, bool renormalise, const float* logits,
+             int32_t* ids, float* weights) override;
   void experts(int n, const float* x, std::span<const ExpertCall> calls) override;
 
   void combine(int n, const CombineCall& call) override {
@@ -227,28 +227,31 @@ void CpuBackend::attention(int n, const AttentionCall& call) {
   });
 }
 
-void CpuBackend::route(int n, int experts, int top_k, bool renormalise, const float* logits,
-                       int32_t* ids, float* weights) {
+void CpuBackend::route(int n, int experts, int experts_per_token, bool renormalise,
+                       const float* logits, int32_t* ids, float* weights) {
   for_each(n, experts, [&](int t) {
     const float* logit = logits + int64_t{t} * experts;
-    int32_t* chosen = ids + int64_t{t} * top_k;
-    float* weight = weights + int64_t{t} * top_k;
+    int32_t* chosen = ids + int64_t{t} * experts_per_token;
+    float* weight = weights + int64_t{t} * experts_per_token;
     int found = 0;  // chosen[0 .. found) holds the largest so far, in falling order
     for (int32_t e = 0; e < experts; ++e) {
-      if (found == top_k && !(logit[e] > logit[chosen[top_k - 1]])) continue;
-      int at = found < top_k ? found++ : top_k - 1;
+      const bool full = found == experts_per_token;
+      if (full && !(logit[e] > logit[chosen[found - 1]])) continue;
+      int at = full ? found - 1 : found++;
       for (; at > 0 && logit[e] > logit[chosen[at - 1]]; --at) chosen[at] = chosen[at - 1];
       chosen[at] = e;
     }
     // The softmax's own sum cancels where the weights are divided by theirs.
     const float top = logit[chosen[0]];
     float total = 0;
-    for (int j = 0; j < top_k; ++j) total += weight[j] = std::exp(logit[chosen[j]] - top);
+    for (int j = 0; j < experts_per_token; ++j) {
+      total += weight[j] = std::exp(logit[chosen[j]] - top);
+    }
     if (!renormalise) {
       total = 0;
       for (int e = 0; e < experts; ++e) total += std::exp(logit[e] - top);
     }
-    for (int j = 0; j < top_k; ++j) weight[j] /= total;
+    for (int j = 0; j < experts_per_token; ++j) weight[j] /= total;
   });
 }
 

@@ -52,15 +52,16 @@ void causal_conv(int n, const ConvCall& call, int begin, int end) {
 
 void combine(const CombineCall& call, int token, int begin, int end) {
   const ptrdiff_t hidden = call.hidden;
-  const float* expert_out = call.expert_out + token * call.top_k * hidden;
-  const float* weights = call.expert_weights + static_cast<ptrdiff_t>(token) * call.top_k;
+  const float* expert_out = call.expert_out + token * call.experts_per_token * hidden;
+  const float* weights =
+      call.expert_weights + static_cast<ptrdiff_t>(token) * call.experts_per_token;
   const float* shared = call.shared_out + token * hidden;
   const Floats shared_weight = sigmoid(splat(call.shared_gate[token]));
   float* x = call.x + token * hidden;
   for (int i = begin; i < end; i += kLanes) {
     const int count = end - i;
     Floats total = load(x + i, count);
-    for (int j = 0; j < call.top_k; ++j) {
+    for (int j = 0; j < call.experts_per_token; ++j) {
       total = multiply_add(splat(weights[j]), load(expert_out + j * hidden + i, count), total);
     }
     store(x + i, multiply_add(shared_weight, load(shared + i, count), total), count);

@@ -156,11 +156,13 @@ class MetalBackend final : public Backend {
 
   void attention(int n, const AttentionCall& call) override;
 
-  void route(int n, int experts, int top_k, bool renormalise, const float* logits, int32_t* ids,
-             float* weights) override {
-    require(experts <= static_cast<int>(kMaxRouted) && top_k <= static_cast<int>(kMaxChosen),
-            "routing to " + std::to_string(top_k) + " of " + std::to_string(experts) + " experts");
-    const RouteArguments arguments{u32(experts), u32(top_k), renormalise ? 1u : 0u};
+  void route(int n, int experts, int experts_per_token, bool renormalise, const float* logits,
+             int32_t* ids, float* weights) override {
+    require(experts <= static_cast<int>(kMaxRouted) &&
+                experts_per_token <= static_cast<int>(kMaxChosen),
+            "routing to " + std::to_string(experts_per_token) + " of " + std::to_string(experts) +
+                " experts");
+    const RouteArguments arguments{u32(experts), u32(experts_per_token), renormalise ? 1u : 0u};
     run(Kernel::route, {}, {bytes(kRouteArguments, arguments)},
         {{kRouteLogits, logits}, {kRouteIds, ids}, {kRouteWeights, weights}},
         MTLSizeMake(u32(n), 1, 1), kSimdWidth);
@@ -176,7 +178,7 @@ class MetalBackend final : public Backend {
 
   void combine(int n, const CombineCall& call) override {
     const bool norm = call.norm_weight != nullptr;
-    const CombineArguments arguments{u32(call.hidden), u32(call.top_k), norm ? 1u : 0u,
+    const CombineArguments arguments{u32(call.hidden), u32(call.experts_per_token), norm ? 1u : 0u,
                                      call.norm_eps};
     run(Kernel::combine, {}, {bytes(kCombineArguments, arguments)},
         {{kCombineExpertOut, call.expert_out},
