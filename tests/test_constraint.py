@@ -323,3 +323,39 @@ def test_the_tokenizer_is_built_once(checkpoint: Checkpoint) -> None:
 def test_a_tool_is_written_as_the_template_writes_it() -> None:
     spec: ToolSpec = TOOLS[1]
     assert spec.definition["function"]["parameters"] == {"type": "object", "properties": {}}
+
+
+def test_masks_that_are_known_again_are_those_that_are_computed(checkpoint: Checkpoint) -> None:
+    """In text that looks like the markup around it too, and behind half of a character."""
+    pieces = [
+        "\n",
+        "\n",
+        "<",
+        "</",
+        "</param",
+        "eter",
+        ">",
+        "<parameter=city>\n",
+        "</function>\n",
+        "é",
+    ]
+    pieces += ["x", "\n</parameter>\n", "\nab", "<function=now>\n"]
+    encode = checkpoint.tokenizer.library.encode
+    parameters = {"properties": {"city": {"type": "string"}, "n": {}}, "required": ["city"]}
+    tools = tools_of([{"name": name, "parameters": parameters} for name in ("f0", "f1")])
+    rng = np.random.default_rng(3)
+    again = 0
+    for _ in range(60):
+        found = constrain(checkpoint, tools=tools, tool_choice="required")
+        say(found, checkpoint, f"<tool_call>\n<function=f{rng.integers(2)}>\n<parameter=city>\n")
+        for _ in range(60):
+            if found.finished:
+                break
+            matcher, place = found._matcher, found._values.place
+            computed = matcher.compute_bitmask()
+            assert found._grammars.mask(matcher, place) == computed, place
+            again += place is not None
+            allowed_ids = np.flatnonzero(found.mask(np.zeros(6144, np.float32)) == 0)
+            ways = [i for p in pieces for i in encode(p).ids[:1] if i in allowed_ids]
+            found.advance(int(rng.choice(ways if ways else allowed_ids)))
+    assert again > 100

@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from flashmoe.generate.answer import Answer, Delta
+from flashmoe.generate.constraint import Constraint
 from flashmoe.generate.conversations import Conversations, Snapshot
 from flashmoe.generate.engine import Engine
 from flashmoe.generate.parse import AnswerParser
@@ -82,13 +83,14 @@ class Turn:
         shared = state is self._given
         self._keep(state._native.fork() if shared else state._native, state._tokens, None)
 
-    def answer(self, deltas: Iterable[Delta]) -> Answer:
+    def answer(self, deltas: Iterable[Delta], hurried: bool) -> Answer:
         """The complete answer, which is remembered for later turns."""
         meter = self._meter
         reason = meter.finish_reason if meter else None
         answer = Answer.of(
             deltas,
             _REASONS.get(reason, reason or "cancelled"),
+            hurried=hurried,
             prompt_tokens=len(self.prompt.ids),
             cached_tokens=meter.cached_tokens if meter else 0,
             generated_tokens=meter.generated_tokens if meter else 0,
@@ -111,8 +113,11 @@ class Chat(Iterator[Delta]):
     Leaving the loop stops the work, if nothing else holds the Chat; `close()` does so at once.
     """
 
-    def __init__(self, turn: Turn, tokens: Tokens, parser: AnswerParser) -> None:
+    def __init__(
+        self, turn: Turn, tokens: Tokens, parser: AnswerParser, constraint: Constraint | None
+    ) -> None:
         self._turn = turn
+        self._constraint = constraint
         self._tokens = tokens
         self._parser = parser
         self._deltas: list[Delta] = []
@@ -172,5 +177,7 @@ class Chat(Iterator[Delta]):
 
     def _whole(self) -> Answer:
         if self._answer is None:
-            self._answer = self._turn.answer(self._deltas)
+            self._answer = self._turn.answer(
+                self._deltas, self._constraint is not None and self._constraint.hurried
+            )
         return self._answer

@@ -37,6 +37,10 @@ def _no_closing(word: str) -> str:
     return pattern.replace("\0", r"\/")
 
 
+_FREE = rf"(?:[^\n]|\n{_no_closing('</parameter>')})*"
+"""Text of which no line but the first begins with what closes a value."""
+
+
 class ToolGrammar:
     """The rules by which tools are called in a checkpoint's own form.
 
@@ -56,6 +60,8 @@ class ToolGrammar:
         self._tokens = tokens
         self._writable = writable
         self._rules: list[str] = []
+        self.texts: set[tuple[str, str]] = set()
+        """Names of tools and parameters whose values are any text."""
         if dialect.calls == "hermes":
             bodies = [self._hermes(tool) for tool in tools]
             whole = f'"\\n" ({" | ".join(bodies)}) "\\n"'
@@ -66,7 +72,8 @@ class ToolGrammar:
 
     def text(self, start: str) -> str:
         """The whole grammar, given what `start` is in terms of `call`."""
-        return "\n".join([f"start: {start}", *self._rules])
+        free = rf"/{_FREE}\n<\/parameter>\n/"
+        return "\n".join([f"start: {start}", *self._rules, f"TEXT: {free}"])
 
     def _mark(self, mark: str) -> str:
         return f"<[{self._tokens[mark]}]>" if mark in self._tokens else literal(mark)
@@ -96,7 +103,10 @@ class ToolGrammar:
             if not name or len(name) > 256 or set(name) & set("<>\n"):
                 continue  # cannot be written
             head = literal(f"<parameter={name}>\n")
-            value = self._value(given if isinstance(given, Mapping) else {}, tool.parameters)
+            schema = given if isinstance(given, Mapping) else {}
+            value = self._value(schema, tool.parameters)
+            if value == "TEXT":
+                self.texts.add((tool.name, name))
             rule = self._rule("p", f"{head} {value}")
             needed = isinstance(required, Sequence) and name in required
             parts.append(rule if needed else f"{rule}?")
@@ -118,13 +128,9 @@ class ToolGrammar:
     def _text(self, schema: Mapping[str, Any]) -> str:
         """A string as it is; no line of it is what closes it."""
         least, most = schema.get("minLength"), schema.get("maxLength")
-        free = rf"(?:[^\n]|\n{_no_closing('</parameter>')})*"
         if not isinstance(least, int) and not isinstance(most, int):
-            body = f"/{free}\\n<\\/parameter>\\n/"
-        else:
-            least = max(least, 0) if isinstance(least, int) else 0
-            most = most if isinstance(most, int) else ""
-            body = f'(/{free}/ & /(?s:.){{{least},{most}}}/) "\\n</parameter>\\n"'
-        name = f"TEXT{len(self._rules)}"
-        self._rules.append(f"{name}: {body}")
-        return name
+            return "TEXT"
+        least = max(least, 0) if isinstance(least, int) else 0
+        most = most if isinstance(most, int) else ""
+        body = f'(/{_FREE}/ & /(?s:.){{{least},{most}}}/) "\\n</parameter>\\n"'
+        return self._rule("TEXT", body)

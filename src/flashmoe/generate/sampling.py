@@ -102,13 +102,16 @@ class Sampler:
         """Whether the constraint lets nothing follow."""
         return self._constraint is not None and self._constraint.finished
 
-    def draw(self, logits: Floats, ids: Sequence[int] = ()) -> tuple[int, float]:
+    def draw(
+        self, logits: Floats, ids: Sequence[int] = (), left: int | None = None
+    ) -> tuple[int, float]:
         """The next token's id and its log-probability under the model itself.
 
         Args:
             logits: float32 [vocab], left as they are. The log-probability is their log-softmax,
                 before penalties and temperature.
             ids: those so far, for processors.
+            left: how many tokens may still come, this one too, for the constraint.
         Raises:
             CheckpointError: logits are not finite.
             ArgumentError: a processor gives something else than logits, or leaves no token.
@@ -122,7 +125,7 @@ class Sampler:
             )
         allowed = self._penalised(logits)
         if self._constraint is not None:
-            allowed = self._constraint.mask(allowed)
+            allowed = self._constraint.mask(allowed, left)
         if self._processors:
             allowed = process(self._processors, ids, allowed.copy())
         token = self._pick(allowed)
