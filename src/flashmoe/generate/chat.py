@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from flashmoe.errors import OutOfMemoryError
 from flashmoe.generate.answer import Answer, Delta
+from flashmoe.generate.constraint import Constraint
 from flashmoe.generate.conversations import Conversations, Snapshot
 from flashmoe.generate.engine import Engine
 from flashmoe.generate.parse import AnswerParser
@@ -27,6 +28,7 @@ class Turn:
     """One answer to a conversation: where its state comes from, and what is kept of it.
 
     Args:
+        constraint: what the answer is held to, if anything.
         given: a state that is to hold the conversation in the end, if any.
         new_meter: makes what counts a request.
     """
@@ -37,6 +39,7 @@ class Turn:
         conversations: Conversations,
         prompts: Prompts,
         prompt: Prompt,
+        constraint: Constraint | None,
         given: State | None,
         new_meter: Callable[[], Meter],
     ) -> None:
@@ -44,6 +47,7 @@ class Turn:
         self._engine = engine
         self._conversations = conversations
         self._prompts = prompts
+        self._constraint = constraint
         self._given = given
         self._new_meter = new_meter
         self._found: Snapshot | None = None
@@ -93,6 +97,7 @@ class Turn:
         answer = Answer.of(
             deltas,
             _REASONS.get(reason, reason or "cancelled"),
+            hurried=self._constraint is not None and self._constraint.hurried,
             prompt_tokens=len(self.prompt.ids),
             cached_tokens=meter.cached_tokens if meter else 0,
             generated_tokens=meter.generated_tokens if meter else 0,
