@@ -1,7 +1,7 @@
 """Gather the training text: fetch packages, read them, keep what is prose, set a split aside.
 
     apt-get update && apt-get install bible-kjv      # Debian 12, or a container of it; and npm
-    pip install '.[test]' lxml
+    pip install '.[reference]' lxml
     python corpus.py WORK
 
 needs about 5 GB of disk; some 20 minutes of two cores go into reading the packages. It writes
