@@ -367,9 +367,8 @@ def test_older_systems_are_told_what_each_encoder_uses(simulator: Simulator) -> 
     """macOS 13 and 14, which have no residency sets."""
     ids = random_ids(6000, 70)
     directory = demo(simulator)
-    newer = simulator.logits(directory, ids, one_by_one=2, overlap=True)
-    older = simulator.logits(directory, ids, one_by_one=2, overlap=True, settings={"MACOS": 13})
-    assert (newer == older).all()
+    ours = simulator.logits(directory, ids, one_by_one=2, overlap=True, settings={"MACOS": 13})
+    assert spread(ours, cpu_logits(directory, ids)) <= 2e-3
 
 
 def test_memory_stays_resident_while_nothing_is_asked(simulator: Simulator) -> None:
@@ -403,7 +402,7 @@ def test_a_long_prompt_is_committed_in_parts(simulator: Simulator, tmp_path: Pat
         trace = simulator.trace(code, str(directory), job, str(out), site=place)
         commits.append(trace.count("command buffer committed"))
         assert spread(np.load(out), cpu_logits(directory, ids)) <= 2e-3
-    assert commits[1] > 2 * commits[0]
+    assert commits[1] >= commits[0] + 8  # the demo has 8 layers
 
 
 def test_slots_lie_in_pieces_that_the_gpu_allows(simulator: Simulator) -> None:
@@ -463,8 +462,8 @@ MUTANTS = [
     ("launch/experts.cpp", "plan.constants[kSecondBits] = up[kBits];", "", None),
     (
         "launch/experts.cpp",
-        "address(logits), address(ids), address(weights)",
-        "address(logits), address(weights), address(ids)",
+        "address(call.ids), address(call.weights)",
+        "address(call.weights), address(call.ids)",
         None,
     ),
     ("launch/experts.cpp", "kCombineThreads,", "2 * kCombineThreads,", "needs 2048 threads"),
@@ -479,8 +478,8 @@ MUTANTS = [
     ("metal/metal_backend.mm", "length:plan.size", "length:4", "4 bytes are bound"),
     (
         "metal/metal_backend.mm",
-        "replaced_.push_back(std::exchange(growing.memory, allocate(growing.size)))",
-        "growing.memory = allocate(growing.size)",
+        "replaced_.push_back(std::exchange(growing.memory, std::move(fresh)))",
+        "growing.memory = std::move(fresh)",
         "outside every buffer",
     ),
     (

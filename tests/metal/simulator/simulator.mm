@@ -250,7 +250,7 @@ static void make_view(SimBuffer* buffer) {
 @end
 @implementation SimOptions
 - (BOOL)respondsToSelector:(SEL)selector {
-  if (selector == @selector(setMathMode:)) return setting("MACOS", 15) >= 15;
+  if (sel_isEqual(selector, @selector(setMathMode:))) return setting("MACOS", 15) >= 15;
   return [super respondsToSelector:selector];
 }
 - (void)setMathMode:(NSInteger)mode {
@@ -602,7 +602,7 @@ struct Dispatch {
 @end
 @implementation SimDevice
 - (BOOL)respondsToSelector:(SEL)selector {
-  if (selector == @selector(newResidencySetWithDescriptor:error:)) {
+  if (sel_isEqual(selector, @selector(newResidencySetWithDescriptor:error:))) {
     return setting("MACOS", 15) >= 15;
   }
   return [super respondsToSelector:selector];

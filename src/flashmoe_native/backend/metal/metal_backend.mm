@@ -123,7 +123,8 @@ class MetalBackend final : public GpuBackend {
   std::byte* grown(Growing& growing, size_t bytes) {
     if (bytes > growing.size) {
       growing.size = std::max(bytes, growing.size + growing.size / 2);
-      replaced_.push_back(std::exchange(growing.memory, allocate(Memory::kState, growing.size, 0)));
+      Buffer fresh = allocate(Memory::kState, growing.size, 0);
+      replaced_.push_back(std::exchange(growing.memory, std::move(fresh)));
     }
     return growing.memory.get();
   }
