@@ -47,7 +47,7 @@ def _backend_lines(backend: BackendReport, cpu_kernels: str) -> list[str]:
     title = backend.name if backend.device else f"{backend.name}: {cpu_kernels}, float32 inputs"
     lines = [title]
     if backend.error is not None:
-        return [*lines, f"  FAILED: {backend.error}"]
+        lines.append(f"  FAILED: {backend.error}")
     for name, value in backend.device.items():
         if value.isdecimal():
             value = size(int(value))  # noqa: PLW2901
@@ -64,9 +64,11 @@ def _backend_lines(backend: BackendReport, cpu_kernels: str) -> list[str]:
     if backend.copy is not None:
         what = "copied by a kernel" if backend.device else "read from memory"
         lines.append(f"  {what}: {backend.copy / 1e9:.1f} GB/s")
-    lines += ["", f"  {'kernel':54}{'error':>9}{'us':>10}{'GB/s':>8}{'share':>7}{'GFLOP/s':>9}"]
+    if backend.checks:
+        lines += ["", f"  {'kernel':54}{'error':>9}{'us':>10}{'GB/s':>8}{'share':>7}{'GFLOP/s':>9}"]
     lines += [_check_line(check, backend.copy) for check in backend.checks]
-    lines += ["", f"  {demo_line(backend)}"]
+    if backend.error is None:
+        lines += ["", f"  {demo_line(backend)}"]
     for name, prediction in backend.predictions.items():
         lines.append(f"  predicted for {name}: {prediction.tokens_per_second:.1f} tok/s of text")
     return lines

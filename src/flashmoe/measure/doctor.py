@@ -137,9 +137,10 @@ def examine(*, quick: bool = False) -> Report:
                 if part.device
                 else probe.memory_rate(probe.physical_cores())
             )
-            part.latency = _latency(ops) if part.device else None
+            if part.device and all(check.failure is None for check in part.checks):
+                part.latency = _latency(ops)
             expected, part.demo = _demo(name, expected)
-            if not quick:
+            if not quick and part.good:
                 part.predictions = _predict(part, report.reads)
         except FlashMoeError as error:
             part.error = str(error)

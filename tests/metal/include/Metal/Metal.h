@@ -101,7 +101,8 @@ typedef NS_ENUM(NSUInteger, MTLCommandBufferStatus) {
 @protocol MTLCommandBuffer <NSObject>
 @property(readonly) MTLCommandBufferStatus status;
 @property(readonly) NSError* error;
-@property(readonly) double GPUStartTime, GPUEndTime;  // CFTimeInterval
+@property(readonly) double GPUStartTime;  // CFTimeInterval
+@property(readonly) double GPUEndTime;
 - (id<MTLComputeCommandEncoder>)computeCommandEncoder;
 - (void)commit;
 - (void)waitUntilCompleted;
