@@ -77,6 +77,8 @@ class Answer:
         tool_calls: complete ones, in order.
         invalid_tool_calls: calls whose arguments are not a JSON object, as of an answer that was
             cut short within one: `arguments` is empty, `raw` is what there is. Do not run them.
+        hurried: whether it follows a structure that was brought to its end because few tokens were
+            left: strings and lists may be shorter than the model would have made them.
         finish_reason: "stop", "length" (max_tokens or the context), "tool_calls" or "cancelled".
         prompt_tokens: of the rendered conversation.
         cached_tokens: of these, those that were not computed again.
@@ -88,6 +90,7 @@ class Answer:
     tool_calls: tuple[ToolCall, ...] = ()
     invalid_tool_calls: tuple[ToolCall, ...] = ()
     finish_reason: str = "stop"
+    hurried: bool = False
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
@@ -110,7 +113,14 @@ class Answer:
         return message
 
     @classmethod
-    def of(cls, deltas: Iterable[Delta], finish_reason: str = "stop", **counts: int) -> Answer:
+    def of(
+        cls,
+        deltas: Iterable[Delta],
+        finish_reason: str = "stop",
+        *,
+        hurried: bool = False,
+        **counts: int,
+    ) -> Answer:
         """All deltas of an answer, in their order, added up.
 
         Args:
@@ -146,5 +156,6 @@ class Answer:
             tuple(calls),
             tuple(invalid),
             finish_reason,
+            hurried,
             **counts,
         )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from flashmoe.errors import OutOfMemoryError
 from flashmoe.generate.answer import Answer, Delta
+from flashmoe.generate.constraint import Constraint
 from flashmoe.generate.conversations import Conversations, Snapshot
 from flashmoe.generate.engine import Engine
 from flashmoe.generate.parse import AnswerParser
@@ -28,6 +29,7 @@ class Turn:
 
     Args:
         given: a state that is to hold the conversation in the end, if any.
+        constraint: that the answer is held to, if any.
         new_meter: makes what counts a request.
     """
 
@@ -38,6 +40,7 @@ class Turn:
         prompts: Prompts,
         prompt: Prompt,
         given: State | None,
+        constraint: Constraint | None,
         new_meter: Callable[[], Meter],
     ) -> None:
         self.prompt = prompt
@@ -45,6 +48,7 @@ class Turn:
         self._conversations = conversations
         self._prompts = prompts
         self._given = given
+        self._constraint = constraint
         self._new_meter = new_meter
         self._found: Snapshot | None = None
         self._meter: Meter | None = None
@@ -93,6 +97,7 @@ class Turn:
         answer = Answer.of(
             deltas,
             _REASONS.get(reason, reason or "cancelled"),
+            hurried=self._constraint is not None and self._constraint.hurried,
             prompt_tokens=len(self.prompt.ids),
             cached_tokens=meter.cached_tokens if meter else 0,
             generated_tokens=meter.generated_tokens if meter else 0,

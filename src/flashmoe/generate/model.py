@@ -20,6 +20,7 @@ from flashmoe.errors import ArgumentError, CheckpointError, StateError
 from flashmoe.generate.answer import Token
 from flashmoe.generate.background import AsyncChat, Background
 from flashmoe.generate.chat import Chat, Turn
+from flashmoe.generate.constraint import constraint_of
 from flashmoe.generate.conversations import Conversations
 from flashmoe.generate.dialect import Dialect
 from flashmoe.generate.engine import Progress, Setting, open_engine
@@ -32,7 +33,7 @@ from flashmoe.generate.state import State
 from flashmoe.generate.stats import Meter, Stats
 from flashmoe.generate.steps import Tokens, Work
 from flashmoe.generate.text import TextStream
-from flashmoe.generate.tools import tools_of
+from flashmoe.generate.tools import chosen, tools_of
 from flashmoe.machine import probe
 from flashmoe.machine.budget import check_room, default_cache, parse_bytes, prompt_chunk
 
@@ -300,6 +301,7 @@ class Model:
         *,
         tools: Iterable[Any] | None = None,
         tool_choice: str | Mapping[str, Any] = "auto",
+        parallel_tool_calls: bool = True,
         schema: Mapping[str, Any] | None = None,
         json_object: bool = False,
         regex: str | None = None,
@@ -330,6 +332,13 @@ class Model:
         Args:
             messages: turns such as {"role": "user", "content": "Hello"}, the oldest first.
             tools: that the model may call: JSON schemas, or Python functions.
+            tool_choice: "auto"; "none"; "required", any of them must be called; or the one that
+                must be, by its name.
+            parallel_tool_calls: whether an answer that must call may call more than once.
+            schema: the answer is JSON that follows this JSON schema.
+            json_object: the answer is a JSON object.
+            regex: the answer matches this regular expression, whole.
+            grammar: the answer follows this Lark grammar, in llguidance's dialect.
             think: whether to reason before the answer; None is the template's default.
             variables: of the template, such as {"reasoning_effort": "low"}.
             continue_final: go on with the last message, one of the assistant's.
@@ -352,22 +361,43 @@ class Model:
         self._check_open()
         if state is not None:
             self._check_own(state)
+        specs = tools_of(tools)
         prompt = self._prompts.make(
             messages,
-            tools_of(tools),
+            specs,
             _variables(variables, think),
             continues=continue_final,
             begun=() if state is None else state._tokens,
         )
         self._check_fits(0, prompt.ids)
+        offered, _ = chosen(specs, tool_choice)
+        dialect = Dialect.of(self._prompts.template(specs))
+        constraint = constraint_of(
+            self.checkpoint,
+            schema=schema,
+            json_object=json_object,
+            regex=regex,
+            grammar=grammar,
+            tools=specs,
+            tool_choice=tool_choice,
+            parallel_tool_calls=parallel_tool_calls,
+            dialect=dialect,
+            in_reasoning=prompt.in_reasoning,
+        )
         turn = Turn(
-            self._engine, self._conversations, self._prompts, prompt, state, self._new_meter
+            self._engine,
+            self._conversations,
+            self._prompts,
+            prompt,
+            state,
+            constraint,
+            self._new_meter,
         )
         work = Work(
             state=turn.state,
             begin=turn.begin,
             meter=turn.meter,
-            sampler=Sampler(sampling, seed, prompt.ids, processors=tuple(processors)),
+            sampler=Sampler(sampling, seed, prompt.ids, constraint, tuple(processors)),
             stream=self._text_stream(stop),
             max_tokens=max_tokens,
             context=self.context,
@@ -378,10 +408,7 @@ class Model:
             mark=turn.mark,
             end=turn.end,
         )
-        offered = () if tool_choice == "none" else prompt.tools
-        parser = AnswerParser(
-            Dialect.of(self.chat_template), offered, in_reasoning=prompt.in_reasoning
-        )
+        parser = AnswerParser(dialect, offered, in_reasoning=prompt.in_reasoning)
         return Chat(turn, Tokens(self._scheduler.request(), work), parser)
 
     def agenerate(self, prompt: str | Sequence[int], **options: Any) -> Background[Token]:

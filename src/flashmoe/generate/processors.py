@@ -24,8 +24,12 @@ class Constraint(Protocol):
     def finished(self) -> bool:
         """Whether the answer is complete, so that nothing may follow."""
 
-    def mask(self, logits: Floats) -> Floats:
-        """A copy of the logits [vocab] with -inf for every token that may not come next."""
+    def mask(self, logits: Floats, left: int | None = None) -> Floats:
+        """A copy of the logits [vocab] with -inf for every token that may not come next.
+
+        Args:
+            left: how many tokens may still come, this one too.
+        """
 
     def advance(self, token: int) -> None:
         """This token was drawn."""

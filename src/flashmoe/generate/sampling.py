@@ -102,13 +102,16 @@ class Sampler:
         """Whether the constraint lets nothing follow."""
         return self._constraint is not None and self._constraint.finished
 
-    def draw(self, logits: Floats, ids: Sequence[int] = ()) -> tuple[int, float]:
+    def draw(
+        self, logits: Floats, ids: Sequence[int] = (), left: int | None = None
+    ) -> tuple[int, float]:
         """The next token's id and its log-probability under the model itself.
 
         Args:
             logits: float32 [vocab], left as they are. The log-probability is their log-softmax,
                 before penalties and temperature.
             ids: those so far, for processors.
+            left: how many tokens may still come, this one too, for the constraint.
         Raises:
             CheckpointError: logits are not finite.
             ArgumentError: a processor gives something else than logits, or leaves no token.
@@ -122,7 +125,7 @@ class Sampler:
             )
         allowed = self._penalised(logits)
         if self._constraint is not None:
-            allowed = self._constraint.mask(allowed)
+            allowed = self._constraint.mask(allowed, left)
         if self._processors:
             allowed = process(self._processors, ids, allowed.copy())
         token = self._pick(allowed)
@@ -190,7 +193,7 @@ def _candidates(scores: Floats, top_k: int, top_p: float) -> tuple[Ids, Floats]:
         while True:
             ids = largest(scores, k)
             weights = np.exp(scores[ids])
-            if len(ids) == vocab or float(weights.sum(dtype=np.float64)) >= top_p * total:
+            if len(ids) < k or float(weights.sum(dtype=np.float64)) >= top_p * total:
                 break
             k *= 8
     if top_p < 1:
@@ -204,6 +207,8 @@ def _candidates(scores: Floats, top_k: int, top_p: float) -> tuple[Ids, Floats]:
 def largest(scores: npt.NDArray[Any], k: int) -> Ids:
     """Indices of the k largest scores, largest first; of equal ones the lower index first.
 
+    Those of minus infinity may be left out: a constraint has many.
+
     The k-th largest of the blocks' maxima is a lower bound of the k-th largest score, so that only
     few scores need be sorted: 20 times faster than `numpy.partition` at 248,320.
     """
@@ -213,5 +218,6 @@ def largest(scores: npt.NDArray[Any], k: int) -> Ids:
     else:
         width = max(1, min(256, n // (2 * k)))
         maxima = scores[: n - n % width].reshape(-1, width).max(axis=1)
-        ids = np.flatnonzero(scores >= np.partition(maxima, -k)[-k])
+        bound = np.partition(maxima, -k)[-k]
+        ids = np.flatnonzero(scores >= bound if bound > -np.inf else scores > bound)
     return ids[np.argsort(-scores[ids], kind="stable")][:k]

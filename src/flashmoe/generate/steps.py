@@ -94,7 +94,10 @@ def _run(request: Request, work: Work, meter: Meter, state: State) -> Generator[
         meter.finish_reason = "context"
     while meter.finish_reason is None:
         start = time.perf_counter()
-        token, logprob = work.sampler.draw(logits, state._tokens)
+        left = work.context - state.position
+        if work.max_tokens is not None:
+            left = min(left, work.max_tokens - meter.generated_tokens)
+        token, logprob = work.sampler.draw(logits, state._tokens, left)
         alternatives = likeliest(logits, work.logprobs) if work.logprobs else ()
         state._tokens.append(token)
         meter.token()

@@ -39,7 +39,7 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """The text that became final with this token; `stopped` turns True at a stop string."""
-        return self._give(self._utf8.decode(_bytes(self._tokenizer.piece(token))))
+        return self._give(self._utf8.decode(piece_bytes(self._tokenizer.piece(token))))
 
     def finish(self) -> str:
         """What was held back, when no token follows."""
@@ -60,7 +60,7 @@ class TextStream:
         return text[: len(text) - keep]
 
 
-def _bytes(piece: str) -> bytes:
+def piece_bytes(piece: str) -> bytes:
     """A vocabulary entry's bytes; one outside the byte alphabet (an added token) is its UTF-8."""
     try:
         return bytes(map(_BYTE_OF.__getitem__, piece))

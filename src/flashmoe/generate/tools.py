@@ -159,3 +159,35 @@ def _docstring(text: str) -> tuple[str, dict[str, str]]:
         0
     ]
     return head.strip(), said
+
+
+def chosen(tools: Iterable[ToolSpec], choice: Any) -> tuple[tuple[ToolSpec, ...], bool]:
+    """What a `tool_choice` leaves of the tools, and whether one of them must be called.
+
+    Args:
+        choice: "auto", "none", "required", the name of a tool, or an object that names one as
+            OpenAI's ({"type": "function", "function": {"name": …}}) or Anthropic's do.
+    Raises:
+        ArgumentError: it is something else, or there is no such tool.
+    """
+    tools = tuple(tools)
+    if choice is None or choice == "auto":
+        return tools, False
+    if choice == "none":
+        return (), False
+    if choice == "required":
+        if not tools:
+            raise ArgumentError('tool_choice is "required", but there are no tools')
+        return tools, True
+    name = choice
+    if isinstance(choice, Mapping):
+        function = choice.get("function", choice)
+        name = function.get("name") if isinstance(function, Mapping) else None
+    found = tuple(tool for tool in tools if tool.name == name)
+    if not found:
+        names = ", ".join(tool.name for tool in tools) or "there are none"
+        raise ArgumentError(
+            f'tool_choice must be "auto", "none", "required" or a tool\'s name ({names}); '
+            f"got {choice!r}"
+        )
+    return found, True
