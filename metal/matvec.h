@@ -255,7 +255,8 @@ INLINE void multiply_rows(RowPairs a, RowPairs b, uint columns, device const flo
       const Inputs in = load_inputs(staged, sums, chunk, lane);
       add_quad(a, b, 0, row_blocks, block, in, fetched, magic, total);
       if (quads_constant > 1) {
-        fetched = fetch_quad(a, b, 1, row_blocks, block);
+        // Always, as the compiler cannot know: else it moves the loads up, which costs registers.
+        if (magic != 0) fetched = fetch_quad(a, b, 1, row_blocks, block);
         add_quad(a, b, 1, row_blocks, block, in, fetched, magic, total + 4);
       }
       block += kSimdWidth;

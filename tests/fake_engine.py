@@ -209,6 +209,7 @@ class FakeEngine:
             "slot_bytes": 6789,
             "activation_bytes": 1,
             "head_seconds": 0.01 * forwards,
+            "busy_seconds": 0.15 * forwards,
         }
 
     def close(self) -> None:

@@ -198,6 +198,8 @@ def test_bench_measures_several_runs_and_says_where_the_time_goes() -> None:
     spent = sum(sum(layer.values()) for layer in decode["layers"]) + decode["head_seconds"]
     assert spent <= decode["seconds"]
     assert decode["head_seconds"] > 0
+    assert 0 < decode["prompt_busy"] <= 1
+    assert 0 < decode["busy"] <= 1
     assert len(decode["layers"]) == len(decode["layer_types"])
     for layer in decode["layers"]:
         assert layer.keys() == set(PARTS)
@@ -209,6 +211,7 @@ def test_bench_measures_several_runs_and_says_where_the_time_goes() -> None:
     for label in ("GatedDeltaNet", "attention", "router", "experts", "head", "a layer, ms"):
         assert f"    {label}" in shown
     assert "that memory gives" in shown
+    assert "  threads computing" in shown
 
 
 def test_pack_takes_its_options_and_says_what_it_wrote(monkeypatch, tmp_path) -> None:

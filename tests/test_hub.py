@@ -1,17 +1,17 @@
 """Hub ids become directories, against a hub on this machine; every failure says what to do."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from hub_server import Hub
+from programs import environment
 
 from flashmoe.checkpoint.open import Checkpoint
 
 
-def run_download(hub: Hub, source: str, **environment: str) -> tuple[str, str]:
+def run_download(hub: Hub, source: str, **more: str) -> tuple[str, str]:
     """(path or error message, what was shown meanwhile), in a process of its own, since
     huggingface_hub reads its environment once."""
     script = (
@@ -24,14 +24,12 @@ def run_download(hub: Hub, source: str, **environment: str) -> tuple[str, str]:
     home = hub.directory.with_name("home")
     result = subprocess.run(
         [sys.executable, "-c", script, source],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(sys.path),
-            "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
-            "HF_HOME": str(home),
-            "HF_HUB_DISABLE_XET": "1",
-            **environment,
-        },
+        env=environment(
+            HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}",
+            HF_HOME=str(home),
+            HF_HUB_DISABLE_XET="1",
+            **more,
+        ),
         cwd=hub.directory.parent,
         capture_output=True,
         text=True,

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from checkpoints import weights
 from hub_server import Hub
+from programs import environment
+from published import QWEN35_397B
 from tensors import load
 
 from flashmoe import ArgumentError, Model
@@ -25,37 +27,6 @@ from flashmoe.cli.report import info_lines, size
 from flashmoe.machine import probe
 from flashmoe.machine.budget import check_room, default_cache
 from flashmoe.measure.info import describe, summarise
-
-# Qwen3.5-397B-A17B, from its published config.json.
-QWEN_397B = {
-    "model_type": "qwen3_5_moe",
-    "tie_word_embeddings": False,
-    "text_config": {
-        "model_type": "qwen3_5_moe_text",
-        "hidden_size": 4096,
-        "num_hidden_layers": 60,
-        "full_attention_interval": 4,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 2,
-        "head_dim": 256,
-        "linear_num_key_heads": 16,
-        "linear_num_value_heads": 64,
-        "linear_key_head_dim": 128,
-        "linear_value_head_dim": 128,
-        "linear_conv_kernel_dim": 4,
-        "num_experts": 512,
-        "num_experts_per_tok": 10,
-        "moe_intermediate_size": 1024,
-        "shared_expert_intermediate_size": 1024,
-        "vocab_size": 248320,
-        "max_position_embeddings": 262144,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 10000000,
-            "partial_rotary_factor": 0.25,
-        },
-    },
-}
 
 
 def _mlx_tensors(c: ModelConfig) -> Iterator[tuple[str, str, tuple[int, ...]]]:
@@ -119,7 +90,7 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
         for gate in ("gate", "shared_expert_gate")
     }
     quantization = {"bits": 4, "group_size": 64, **exceptions}
-    (directory / "config.json").write_text(json.dumps(QWEN_397B | {"quantization": quantization}))
+    (directory / "config.json").write_text(json.dumps(QWEN35_397B | {"quantization": quantization}))
     metadata = Metadata(directory)
     config = ModelConfig.of(metadata)
     tensors, offset, item = {}, 0, {"U32": 4, "BF16": 2, "F32": 4}
@@ -228,16 +199,14 @@ def test_the_estimate_follows_from_the_stated_rates(checkpoint, monkeypatch) -> 
 
 
 def test_a_model_on_the_hub_is_described_without_its_weights(hub: Hub) -> None:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
-        "HF_HOME": str(hub.directory.with_name("home")),
-    }
+    hub_here = environment(
+        HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}",
+        HF_HOME=str(hub.directory.with_name("home")),
+    )
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "flashmoe", "info", *arguments]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        return subprocess.run(command, env=hub_here, capture_output=True, text=True, check=False)
 
     result = run("tests/model", "--json")
     assert result.returncode == 0, result.stderr

@@ -1,6 +1,5 @@
 """The Python interface on the real engine: states, precision and caches change no token."""
 
-import os
 import subprocess
 import sys
 import threading
@@ -8,6 +7,7 @@ import threading
 import numpy as np
 import pytest
 from engines import random_ids
+from programs import environment
 
 import flashmoe
 
@@ -82,7 +82,7 @@ def test_too_little_memory_for_threads_is_an_exception(checkpoint, stack, thread
     _, most = resource.getrlimit(resource.RLIMIT_STACK)
     run = subprocess.run(
         [sys.executable, "-c", _OPEN, str(checkpoint("mlx-4")), str(threads)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"},
+        env=environment(OPENBLAS_NUM_THREADS="1"),
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_STACK, (stack, most)),
         check=False,
         capture_output=True,

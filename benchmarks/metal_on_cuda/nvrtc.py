@@ -25,7 +25,7 @@ _PLACES = {
     "simdgroup_index_in_threadgroup": "__shfl_sync(0xffffffffu, threadIdx.x / 32, 0)",
     "thread_index_in_simdgroup": "threadIdx.x % 32",
 }
-_BOUNDED = ("rms_norm", "combine")  # whose threads need the compiler to save registers
+_BOUNDED = ("rms_norm", "combine", "attention_split")  # whose threads need the compiler to save registers
 
 
 @functools.cache

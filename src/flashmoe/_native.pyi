@@ -129,8 +129,8 @@ class Engine:
     def stats(self) -> dict[str, float]:
         """reads, bytes_read, bytes_cached (of them in the page cache; -1 where the system cannot
         tell), read_seconds (summed over reads, which overlap), wait_seconds, expert_hits,
-        expert_misses, rows (passed to Forward), forward_seconds, head_seconds, resident_bytes,
-        slot_bytes, activation_bytes."""
+        expert_misses, rows (passed to Forward), forward_seconds, head_seconds, busy_seconds
+        (of all threads together), resident_bytes, slot_bytes, activation_bytes."""
     def layer_times(self) -> list[dict[str, float]]:
         """Seconds so far in each layer, as the host saw them: mixer, router (with the norm before
         it), wait (for experts), experts (the shared one too) and combine (with the norm that the
@@ -141,8 +141,8 @@ def backends() -> list[str]:
     """Those of this build: "cpu", and "metal" on macOS."""
 
 def cpu_kernels() -> str:
-    """The kernels picked on this machine: "portable", "avx2", "avx512", "avx512-bf16", "neon",
-    "neon-dotprod" or "neon-i8mm"."""
+    """The kernels picked on this machine: "portable", "avx2", "avx-vnni", "avx512", "avx512-bf16",
+    "neon", "neon-dotprod" or "neon-i8mm"."""
 
 def quantize(
     weight: npt.NDArray[Any], dtype: str, bits: int, group: int

@@ -80,10 +80,11 @@ class Index:
 
 
 def _weights_file(directory: Path) -> Path:
-    for path in (directory / INDEX, directory / SINGLE):
-        if path.is_symlink() or is_there(path):
-            return path
-    present = [name for name in names_in(directory) if "." in name]
+    present = names_in(directory)
+    for name in (INDEX, SINGLE):
+        if name in present:
+            return directory / name
+    present = [name for name in present if "." in name]
     raise CheckpointError(
         f"{directory}: neither {SINGLE} nor {INDEX} is here;"
         f" found {', '.join(present[:8]) or 'nothing'}. Is the download complete?"

@@ -143,6 +143,11 @@ def _decode_lines(decode: dict[str, Any]) -> list[str]:
         f"{rate / decode['memory_rate']:.0%} of the {decode['memory_rate'] / 1e9:.1f} GB/s that "
         "memory gives"
     )
+    if decode["busy"] > 0:
+        lines.append(
+            f"  threads computing  {decode['prompt_busy']:.0%} of the prompt's time, "
+            f"{decode['busy']:.0%} of decode's"
+        )
     if decode["bytes_read"] > 0 and decode["disk_rate"]:
         rate = decode["bytes_read"] / decode["seconds"]
         lines.append(

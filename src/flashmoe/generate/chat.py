@@ -28,8 +28,8 @@ class Turn:
     """One answer to a conversation: where its state comes from, and what is kept of it.
 
     Args:
+        constraint: what the answer is held to, if anything.
         given: a state that is to hold the conversation in the end, if any.
-        constraint: that the answer is held to, if any.
         new_meter: makes what counts a request.
     """
 
@@ -39,16 +39,16 @@ class Turn:
         conversations: Conversations,
         prompts: Prompts,
         prompt: Prompt,
-        given: State | None,
         constraint: Constraint | None,
+        given: State | None,
         new_meter: Callable[[], Meter],
     ) -> None:
         self.prompt = prompt
         self._engine = engine
         self._conversations = conversations
         self._prompts = prompts
-        self._given = given
         self._constraint = constraint
+        self._given = given
         self._new_meter = new_meter
         self._found: Snapshot | None = None
         self._meter: Meter | None = None

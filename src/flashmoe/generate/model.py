@@ -156,9 +156,13 @@ class Model:
         )
 
     def close(self) -> None:
-        """Frees memory and files; using the model afterwards raises StateError."""
-        with contextlib.suppress(StateError):  # closed before
+        """Frees memory and files and ends threads; using the model afterwards raises StateError.
+
+        Where a signal handler closes it in the middle of a call, that call ends with a StateError.
+        """
+        with contextlib.suppress(StateError):  # closed before, or in the middle of a call
             self._totals = self._native.stats()
+        with contextlib.suppress(StateError):  # the program ends
             self._native.close()
         self._closed = True
         self._conversations.clear()
@@ -361,24 +365,23 @@ class Model:
         self._check_open()
         if state is not None:
             self._check_own(state)
-        specs = tools_of(tools)
         prompt = self._prompts.make(
             messages,
-            specs,
+            tools_of(tools),
             _variables(variables, think),
             continues=continue_final,
             begun=() if state is None else state._tokens,
         )
         self._check_fits(0, prompt.ids)
-        offered, _ = chosen(specs, tool_choice)
-        dialect = Dialect.of(self._prompts.template(specs))
+        offered, _ = chosen(prompt.tools, tool_choice)
+        dialect = Dialect.of(self._prompts.template(prompt.tools))
         constraint = constraint_of(
             self.checkpoint,
             schema=schema,
             json_object=json_object,
             regex=regex,
             grammar=grammar,
-            tools=specs,
+            tools=prompt.tools,
             tool_choice=tool_choice,
             parallel_tool_calls=parallel_tool_calls,
             dialect=dialect,
@@ -389,8 +392,8 @@ class Model:
             self._conversations,
             self._prompts,
             prompt,
-            state,
             constraint,
+            state,
             self._new_meter,
         )
         work = Work(

@@ -132,6 +132,8 @@ struct Shapes {
 class Backend {
  public:
   virtual ~Backend() = default;
+  // What its threads have spent on operations so far, all together; 0 where a device computes.
+  virtual double busy_seconds() const { return 0; }
   // Throws DeviceError where there is no kernel for a model; asked before anything is loaded.
   virtual void require(const Shapes&) const {}
   // Page-aligned, 2 MiB-aligned when at least as large, zeroed; freed with the backend still alive.
@@ -161,6 +163,8 @@ class Backend {
   virtual void combine(int n, const CombineCall& call) = 0;
   // Returns when everything asked for so far is done.
   virtual void finish() = 0;
+  // Ends its threads: from now on only memory is asked for.
+  virtual void stop() {}
 };
 
 }  // namespace flashmoe

@@ -3,7 +3,15 @@
 
 #include <nanobind/nanobind.h>
 
+#include "core/process.h"
+
 namespace flashmoe {
+
+// Lets other Python threads run while native code does; see core/process.h.
+class Unlocked {
+  const Call call_;
+  const nanobind::gil_scoped_release release_;
+};
 
 void bind_engine(nanobind::module_& m);
 void bind_quantize(nanobind::module_& m);

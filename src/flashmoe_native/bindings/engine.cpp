@@ -12,10 +12,13 @@
 #include <cstring>
 #include <new>
 #include <optional>
+#include <system_error>
+#include <thread>
 
 #include "backend/cpu/cpu_backend.h"
 #include "bindings/bindings.h"
 #include "core/error.h"
+#include "core/process.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -48,20 +51,24 @@ void require(bool holds, const std::string& message) {
   if (!holds) throw nb::value_error(message.c_str());
 }
 
-void add_matrix(CheckpointSpec& spec, const std::string& name, const Format& format,
-                const std::vector<Extents>& parts) {
-  require(static_cast<int>(parts.size()) == format.parts(), name + ": wrong number of parts");
+// Texts and lists come as Python has them: nanobind's conversions to those of C++ end the program
+// where memory does.
+void add_matrix(CheckpointSpec& spec, const char* text, const Format& format,
+                const nb::sequence& parts) {
+  const std::string name = text;
+  require(static_cast<int>(nb::len(parts)) == format.parts(), name + ": wrong number of parts");
   MatrixSpec matrix{format, {}};
   for (int part = 0; part < format.parts(); ++part) {
-    matrix.parts[part] = to_extents(parts[part]);
+    matrix.parts[part] = to_extents(nb::cast<Extents>(parts[part]));
     require(total_length(matrix.parts[part]) == format.part_bytes(part),
             name + ": extents and shape disagree");
   }
   spec.matrices[name] = std::move(matrix);
 }
 
-void add_vector(CheckpointSpec& spec, const std::string& name, int64_t length,
-                const std::string& dtype, const Extents& extents, bool plus_one) {
+void add_vector(CheckpointSpec& spec, const char* text, int64_t length, const char* dtype,
+                const Extents& extents, bool plus_one) {
+  const std::string name = text;
   VectorSpec vector{length, parse_dtype(dtype), to_extents(extents), plus_one};
   require(total_length(vector.extents) == length * static_cast<int64_t>(size_of(vector.dtype)),
           name + ": extents and length disagree");
@@ -102,7 +109,8 @@ ModelConfig to_config(const nb::dict& values) {
   };
   for (const auto& [key, number] : numbers) *number = nb::cast<int>(values[key]);
   for (nb::handle type : nb::cast<nb::sequence>(values["layer_types"])) {
-    config.attention_layers.push_back(nb::cast<std::string>(type) == "full_attention");
+    config.attention_layers.push_back(std::string_view(nb::cast<const char*>(type)) ==
+                                      "full_attention");
   }
   config.rms_norm_eps = nb::cast<float>(values["rms_norm_eps"]);
   config.rope_theta = nb::cast<float>(values["rope_theta"]);
@@ -125,6 +133,7 @@ class SignalCheck {
 
   void operator()() {
     if (request_ && request_->cancelled) throw Stopped("the work was cancelled");
+    require_running();
     const auto now = Clock::now();
     if (now - last_ < std::chrono::milliseconds(20)) return;
     last_ = now;
@@ -138,10 +147,41 @@ class SignalCheck {
   Clock::time_point last_ = Clock::now();
 };
 
-// Waits without the GIL until this thread may use the engine and its states.
-Turn take_turn(Engine& engine) {
-  const nb::gil_scoped_release release;
-  return Turn(engine.turns(), SignalCheck());
+// A call that uses an engine or a state of it. Waits for its turn without the GIL.
+class Use {
+ public:
+  explicit Use(Engine& engine, const Request* request = nullptr)
+      : engine_(engine), turn_(take(engine, request)) {}
+  ~Use() {
+    if (!engine_.close_asked()) return;
+    const nb::gil_scoped_release release;
+    engine_.close();
+  }
+  Use(const Use&) = delete;
+  Use& operator=(const Use&) = delete;
+
+ private:
+  static Turn take(Engine& engine, const Request* request) {
+    engine.require_home();
+    const nb::gil_scoped_release release;
+    return Turn(engine.turns(), SignalCheck(request));
+  }
+
+  const Call call_;
+  Engine& engine_;
+  const Turn turn_;
+};
+
+void close(Engine& engine) {
+  if (engine.elsewhere()) {
+    engine.abandon();
+  } else if (engine.turns().asked()) {
+    engine.ask_to_close();
+  } else {
+    const Use use(engine);
+    const nb::gil_scoped_release release;
+    engine.close();
+  }
 }
 
 struct PyState {
@@ -189,7 +229,7 @@ const char* numpy_dtype(DType dtype) {
 }
 
 nb::dict export_state(PyState& self) {
-  const Turn turn = take_turn(self.engine);
+  const Use use(self.engine);
   nb::dict result;
   for (const StateTensor& tensor : self.state.tensors(self.state.position())) {
     const std::vector<size_t> shape(tensor.shape.begin(), tensor.shape.end());
@@ -225,8 +265,8 @@ AnyArray checked_array(const nb::dict& tensors, const std::string& name, DType d
 
 // A state of `position` tokens with what export_state() gave, into a fresh state.
 void restore_state(PyState& self, int64_t position, const nb::dict& tensors) {
-  const PyState::Use use(self);
-  const Turn turn = take_turn(self.engine);
+  const PyState::Use hold(self);
+  const Use use(self.engine);
   require(self.state.position() == 0, "restore: the state is not a fresh one");
   require(position >= 0 && position <= INT32_MAX, "restore: position is not that of a state");
   std::vector<AnyArray> arrays;
@@ -255,7 +295,7 @@ void restore_state(PyState& self, int64_t position, const nb::dict& tensors) {
 
 // Dtype, as safetensors names it, and shape of the tensors that a state of so many tokens exports.
 nb::dict state_layout(Engine& engine, int64_t position) {
-  const Turn turn = take_turn(engine);
+  const Use use(engine);
   require(position >= 0, "state_layout: position is negative");
   nb::dict result;
   const auto add = [&](const std::string& name, DType dtype, const std::vector<int64_t>& shape) {
@@ -298,16 +338,25 @@ nb::object forward(Engine& engine, PyState& state, const Ids& ids, bool all_logi
     out.routing = reinterpret_cast<int32_t*>(data_of(experts));
   }
   const std::span<const int32_t> tokens(ids.data(), ids.shape(0));
-  const PyState::Use use(state);
-  {
-    nb::gil_scoped_release release;
-    const Turn turn(engine.turns(), SignalCheck(request));
-    const auto start = std::chrono::steady_clock::now();
-    engine.forward(state.state, tokens, out, SignalCheck(request));
-    if (request) {
-      request->seconds =
-          std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-    }
+  const PyState::Use hold(state);
+  const Use use(engine, request);
+  const int64_t before = state.state.position();
+  const auto start = std::chrono::steady_clock::now();
+  try {
+    const nb::gil_scoped_release release;
+    const auto check = [&engine, signals = SignalCheck(request)]() mutable {
+      if (engine.close_asked()) throw StateError("this model was closed in the middle of a call");
+      signals();
+    };
+    engine.forward(state.state, tokens, out, check);
+  } catch (...) {
+    // Some chunks may be done, and nobody knows what they predict.
+    if (state.state.position() != before) state.logits = nb::none();
+    throw;
+  }
+  if (request) {
+    request->seconds =
+        std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   }
   if (all_logits) {
     std::memcpy(last_data, out.logits + (tokens.size() - 1) * vocab, vocab * sizeof(float));
@@ -317,7 +366,7 @@ nb::object forward(Engine& engine, PyState& state, const Ids& ids, bool all_logi
 }
 
 nb::dict statistics(Engine& engine) {
-  const Turn turn = take_turn(engine);
+  const Use use(engine);
   const Engine::Statistics now = engine.statistics();
   nb::dict result;
   result["reads"] = now.experts.reads;
@@ -333,11 +382,12 @@ nb::dict statistics(Engine& engine) {
   result["slot_bytes"] = now.slot_bytes;
   result["activation_bytes"] = now.activation_bytes;
   result["head_seconds"] = now.head_seconds;
+  result["busy_seconds"] = now.busy_seconds;
   return result;
 }
 
 nb::list layer_times(Engine& engine) {
-  const Turn turn = take_turn(engine);
+  const Use use(engine);
   nb::list result;
   for (const LayerTimes& times : engine.statistics().layers) {
     nb::dict layer;
@@ -371,9 +421,24 @@ void translate(const char* name) {
       const_cast<char*>(name));
 }
 
+// Before the interpreter ends; see core/process.h. Ctrl-C ends the wait.
+void end_program() {
+  end_calls();
+  while (calls_under_way() > 0) {
+    {
+      const nb::gil_scoped_release release;
+      std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    }
+    if (PyErr_CheckSignals() != 0) throw nb::python_error();
+  }
+}
+
 }  // namespace
 
 void bind_engine(nb::module_& m) {
+  watch_process();
+  nb::module_::import_("atexit").attr("register")(nb::cpp_function(end_program));
+
   nb::register_exception_translator([](const std::exception_ptr& pointer, void*) {
     try {
       std::rethrow_exception(pointer);
@@ -381,6 +446,10 @@ void bind_engine(nb::module_& m) {
       raise("OutOfMemoryError",
             "the system does not grant the memory for this; end other programs, or give the "
             "experts a smaller cache");
+    } catch (const std::system_error& error) {  // of std::thread
+      raise("OutOfMemoryError", (std::string("the system does not grant a thread: ") +
+                                 error.what() + "; end other programs, or give fewer threads")
+                                    .c_str());
     }
   });
   translate<CheckpointError>("CheckpointError");
@@ -393,7 +462,7 @@ void bind_engine(nb::module_& m) {
   nb::class_<Format>(m, "Format")
       .def(
           "__init__",
-          [](Format* self, int rows, int cols, const std::string& dtype, int bits, int group) {
+          [](Format* self, int rows, int cols, const char* dtype, int bits, int group) {
             new (self) Format{rows, cols, parse_dtype(dtype), bits, group};
           },
           "rows"_a, "cols"_a, "dtype"_a, "bits"_a = 0, "group"_a = 0);
@@ -401,8 +470,10 @@ void bind_engine(nb::module_& m) {
   nb::class_<CheckpointSpec>(m, "Checkpoint")
       .def(
           "__init__",
-          [](CheckpointSpec* self, std::vector<std::string> files) {
-            new (self) CheckpointSpec{std::move(files), {}, {}, {}};
+          [](CheckpointSpec* self, const nb::sequence& files) {
+            std::vector<std::string> paths;
+            for (nb::handle file : files) paths.emplace_back(nb::cast<const char*>(file));
+            new (self) CheckpointSpec{std::move(paths), {}, {}, {}};
           },
           "files"_a)
       .def("add_matrix", add_matrix, "name"_a, "format"_a, "parts"_a)
@@ -428,7 +499,8 @@ void bind_engine(nb::module_& m) {
       .def(
           "fork",
           [](PyState& self) {
-            const PyState::Use use(self);
+            const PyState::Use hold(self);
+            self.engine.require_home();
             std::optional<State> copy;
             {
               const nb::gil_scoped_release release;
@@ -445,8 +517,8 @@ void bind_engine(nb::module_& m) {
       .def(
           "__init__",
           [](Engine* self, const nb::dict& config, const CheckpointSpec& checkpoint,
-             const std::string& backend, const std::string& precision, int threads,
-             int64_t cache_bytes, int chunk, const std::string& kernels, bool overlap,
+             const char* backend, const char* precision, int threads, int64_t cache_bytes,
+             int chunk, const char* kernels, bool overlap,
              const std::optional<nb::callable>& progress) {
             const Engine::Options options{backend, precision, threads, cache_bytes,
                                           chunk,   kernels,   overlap};
@@ -458,8 +530,9 @@ void bind_engine(nb::module_& m) {
                   static_cast<int>(experts.extents.size()) == parsed.num_experts * experts.parts(),
                   "Engine: a layer has another number of experts than the config");
             }
-            nb::gil_scoped_release release;
+            const Unlocked unlocked;
             new (self) Engine(parsed, checkpoint, options, [&](int64_t done, int64_t total) {
+              require_running();
               nb::gil_scoped_acquire gil;
               if (PyErr_CheckSignals() != 0) throw nb::python_error();
               if (progress) (*progress)(done, total);
@@ -472,8 +545,7 @@ void bind_engine(nb::module_& m) {
       .def(
           "new_state",
           [](Engine& self) {
-            const nb::gil_scoped_release release;
-            const Turn turn(self.turns(), SignalCheck());
+            const Use use(self);
             return new PyState(self, self.new_state());
           },
           nb::rv_policy::take_ownership, nb::keep_alive<0, 1>())
@@ -482,11 +554,7 @@ void bind_engine(nb::module_& m) {
            "request"_a = nb::none())
       .def("stats", statistics)
       .def("layer_times", layer_times)
-      .def("close", [](Engine& self) {
-        const nb::gil_scoped_release release;
-        const Turn turn(self.turns(), SignalCheck());
-        self.close();
-      });
+      .def("close", close);
 
   m.def("cpu_kernels", cpu_kernels);
   m.def("backends", Engine::backends);

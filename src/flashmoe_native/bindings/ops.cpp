@@ -322,7 +322,7 @@ class Ops {
       expect(x, "x", {n, weights[i]->matrix.cols});
       products.push_back({&weights[i]->matrix, outs[i].data(), add});
     }
-    nb::gil_scoped_release release;
+    const Unlocked unlocked;
     backend_->matmul(n, x.data(), products);
     backend_->finish();
   }

@@ -69,6 +69,7 @@ void ThreadPool::stop() {
     sleep.wake.notify_one();
   }
   for (std::thread& worker : workers_) worker.join();
+  workers_.clear();
 }
 
 void ThreadPool::run(int tasks, void* context, Call call, Tasks kind) {

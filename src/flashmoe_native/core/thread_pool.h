@@ -21,6 +21,9 @@ class ThreadPool {
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
+  // Ends the threads; from then on the caller runs every loop alone.
+  void stop();
+
   int threads() const { return static_cast<int>(workers_.size()) + 1; }
 
   // Seconds that all threads together have spent on tasks.

@@ -112,13 +112,36 @@ Engine::Statistics Engine::statistics() const {
           .slot_bytes = store_->slot_bytes(),
           .activation_bytes = forward_->bytes(),
           .layers = forward_->layer_times(),
-          .head_seconds = forward_->head_seconds()};
+          .head_seconds = forward_->head_seconds(),
+          .busy_seconds = backend_->busy_seconds()};
 }
 
 void Engine::close() {
   forward_.reset();
   store_.reset();
   weights_.reset();
+  io_.reset();
+  files_.clear();
+  backend_->stop();  // states still have memory of it
+}
+
+Engine::~Engine() {
+  if (origin_.elsewhere()) abandon();
+}
+
+void Engine::require_home() const {
+  if (!origin_.elsewhere()) return;
+  throw StateError(
+      "this model was opened before this process was forked, and its threads are not here: open it "
+      "again in this process, or start processes with multiprocessing's \"spawn\"");
+}
+
+void Engine::abandon() {
+  static_cast<void>(forward_.release());
+  static_cast<void>(store_.release());
+  static_cast<void>(weights_.release());
+  static_cast<void>(io_.release());
+  static_cast<void>(backend_.release());
   files_.clear();
 }
 

@@ -50,6 +50,8 @@ class CpuBackend final : public Backend {
   int weight_alignment() const override { return 2; }
   Buffer map(const File&, int64_t, int64_t) override { return nullptr; }
   void finish() override {}
+  double busy_seconds() const override { return pool_.busy_seconds(); }
+  void stop() override { pool_.stop(); }
 
   void embed(const Matrix& table, std::span<const int32_t> ids, float* out) override {
     for_each(static_cast<int>(ids.size()), table.cols,
