@@ -163,3 +163,6 @@ def dequantize(
     group: int,
 ) -> npt.NDArray[np.float32]:
     """word · scale + bias, computed in float32; the inverse of quantize's layout."""
+
+ops: Any
+"""A backend's operations on numpy arrays: for tests, benchmarks and `flashmoe doctor`."""

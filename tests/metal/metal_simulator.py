@@ -145,7 +145,7 @@ class Simulator:
             environment[f"METAL_SIMULATOR_{name}"] = str(value)
         command = [sys.executable, "-c", code, *arguments]
         result = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=120, check=False
+            command, env=environment, capture_output=True, text=True, timeout=600, check=False
         )
         if result.returncode != 0:
             raise FailedError(result.stderr)

@@ -6,6 +6,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "core/dtype.h"
 #include "core/file.h"
@@ -129,6 +132,14 @@ struct Shapes {
   int experts, experts_per_token;
 };
 
+// How a device was last waited for, in seconds of the host's clock; all 0 where the host computes.
+struct DeviceTimes {
+  double committed = 0;  // the first command buffer of a finish(), by the host
+  double began = 0;      // the device, that one
+  double ended = 0;      // the device, the last one
+  double woken = 0;      // the host
+};
+
 class Backend {
  public:
   virtual ~Backend() = default;
@@ -165,6 +176,11 @@ class Backend {
   virtual void finish() = 0;
   // Ends its threads: from now on only memory is asked for.
   virtual void stop() {}
+
+  // Of the latest finish().
+  virtual DeviceTimes times() const { return {}; }
+  // What the device is, for people: names and values. Nothing for the CPU.
+  virtual std::vector<std::pair<std::string, std::string>> describe() const { return {}; }
 };
 
 }  // namespace flashmoe

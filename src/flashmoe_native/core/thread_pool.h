@@ -77,7 +77,6 @@ class ThreadPool {
   void divide(int tasks, int threads);
   void learn_speeds(int tasks);
   void work(int thread);
-  void stop();
   void take_tasks(int thread, int threads);
   int take_share(Share& share, int thread);
 

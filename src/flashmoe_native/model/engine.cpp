@@ -12,16 +12,6 @@ namespace {
 
 constexpr int kReadsAtOnce = 8;
 
-std::unique_ptr<Backend> make_backend(const Engine::Options& options) {
-  if (options.backend == "cpu") {
-    return make_cpu_backend(parse_precision(options.precision), options.threads);
-  }
-#ifdef FLASHMOE_METAL
-  if (options.backend == "metal") return make_metal_backend(options.kernels, options.overlap);
-#endif
-  throw std::invalid_argument("no such backend here: " + options.backend);
-}
-
 std::unique_ptr<Backend> open_backend(const Engine::Options& options, const ModelConfig& config) {
   std::unique_ptr<Backend> backend = make_backend(options);
   backend->require({.conv_taps = config.linear_conv_kernel_dim,
@@ -40,6 +30,16 @@ std::vector<std::unique_ptr<File>> open_all(const std::vector<std::string>& path
 }
 
 }  // namespace
+
+std::unique_ptr<Backend> make_backend(const Engine::Options& options) {
+  if (options.backend == "cpu") {
+    return make_cpu_backend(parse_precision(options.precision), options.threads);
+  }
+#ifdef FLASHMOE_METAL
+  if (options.backend == "metal") return make_metal_backend(options.kernels, options.overlap);
+#endif
+  throw std::invalid_argument("no such backend here: " + options.backend);
+}
 
 std::vector<std::string> Engine::backends() {
 #ifdef FLASHMOE_METAL

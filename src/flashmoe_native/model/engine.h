@@ -101,4 +101,7 @@ class Engine {
   std::unique_ptr<Forward> forward_;
 };
 
+// The backend that options ask for; throws std::invalid_argument where this build has it not.
+std::unique_ptr<Backend> make_backend(const Engine::Options& options);
+
 }  // namespace flashmoe

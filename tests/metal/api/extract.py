@@ -116,6 +116,7 @@ def encode(kind: str, signed: set[str]) -> str:
         (r"void ?\(\^", "@?"),
         (r"bool\b", "B"),
         (r"uint64_t\b", "Q"),
+        (r"CFTimeInterval\b", "d"),
         (r"NS::Error ?\*\*", "^@"),
         (r"(const )?(NS|MTL)::\w+ ?\*", "@"),
         (r"(NS|MTL)::\w+", "Q"),  # NS::UInteger, and enums over it

@@ -10,7 +10,8 @@
 //
 // Environment, so that tests can make a machine to measure (all start with METAL_SIMULATOR_):
 //   SEED         of the order in which threads run; default 1
-//   FAIL         device, queue, buffer, residency, function, pipeline, command, timeout or memory:
+//   FAIL         "nothing but warn" (the compiler), device, queue, buffer, residency, function,
+//   pipeline, command, timeout or memory:
 //                what does not come about
 //   MACOS        its version; default 15
 //   FAMILY       the GPU's, of Apple's; default 9
@@ -28,6 +29,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <map>
 #include <mutex>
 #include <set>
@@ -60,6 +62,12 @@ static void trace(const char* what) {
   vfprintf(stderr, format, arguments);
   fputc('\n', stderr);
   abort();
+}
+
+static double clock_seconds() {
+  timespec now{};
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
 }
 
 static void require(bool holds, const char* what) {
@@ -381,6 +389,7 @@ struct Dispatch {
   SimFence *waits, *updates;
   MTLCommandBufferStatus state;
   NSError* failure;
+  double began, ended;
 }
 - (void)execute;
 @end
@@ -477,6 +486,14 @@ struct Dispatch {
 - (NSError*)error {
   return failure;
 }
+- (double)GPUStartTime {
+  require(state >= MTLCommandBufferStatusCompleted, "GPUStartTime: before it has run");
+  return began;
+}
+- (double)GPUEndTime {
+  require(state >= MTLCommandBufferStatusCompleted, "GPUEndTime: before it has run");
+  return ended;
+}
 - (id<MTLComputeCommandEncoder>)computeCommandEncoder {
   require(state == MTLCommandBufferStatusNotEnqueued, "computeCommandEncoder: after commit");
   require(encoder == nil, "computeCommandEncoder: another encoder is open");
@@ -513,6 +530,11 @@ struct Dispatch {
   failure = [[NSError errorWithDomain:@"MetalSimulator" code:code userInfo:info] retain];
 }
 - (void)execute {
+  began = clock_seconds();
+  [self run];
+  ended = clock_seconds();
+}
+- (void)run {
   state = MTLCommandBufferStatusCompleted;
   if (fails("command")) return [self failWith:"a page fault, says the simulator" code:3];
   if (fails("timeout")) return [self failWith:"too slow, says the simulator" code:2];
@@ -666,6 +688,7 @@ struct Dispatch {
   }
   SimLibrary* library = [[SimLibrary alloc] init];
   library->source = new std::string(text);
+  if (fails("nothing but warn")) *error = error_of("warning: unused variable 'simulator'");
   return library;
 }
 - (id<MTLComputePipelineState>)newComputePipelineStateWithFunction:(id<MTLFunction>)function

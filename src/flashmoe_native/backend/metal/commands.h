@@ -5,6 +5,7 @@
 
 #include <vector>
 
+#include "backend/backend.h"
 #include "backend/metal/owned.h"
 #include "backend/metal/residency.h"
 
@@ -23,6 +24,8 @@ class Commands {
   void commit();
   // Commits, and returns when all is done. Throws DeviceError with Metal's message and what to do.
   void finish();
+  // Of the latest finish() that waited.
+  const DeviceTimes& times() const { return times_; }
 
  private:
   void end_encoding();
@@ -35,6 +38,8 @@ class Commands {
   Owned<id<MTLCommandBuffer>> open_;
   Owned<id<MTLComputeCommandEncoder>> encoder_;
   std::vector<Owned<id<MTLCommandBuffer>>> committed_;
+  double committed_at_ = 0;  // the first of committed_, by clock()
+  DeviceTimes times_;
 };
 
 }  // namespace flashmoe

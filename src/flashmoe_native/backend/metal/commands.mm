@@ -1,5 +1,6 @@
 #include "backend/metal/commands.h"
 
+#include <ctime>
 #include <string>
 #include <utility>
 
@@ -25,6 +26,18 @@ std::string explain(NSError* error) {
            "or close other models";
   }
   return text;
+}
+
+// Seconds of the clock that GPUStartTime is of, Mach's absolute time.
+double clock_seconds() {
+#ifdef __APPLE__
+  constexpr clockid_t kClock = CLOCK_UPTIME_RAW;
+#else
+  constexpr clockid_t kClock = CLOCK_MONOTONIC;
+#endif
+  timespec now{};
+  ::clock_gettime(kClock, &now);
+  return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
 }
 
 }  // namespace
@@ -62,15 +75,22 @@ void Commands::commit() {
   if (!encoder_) return;
   end_encoding();
   residency_.commit();
+  if (committed_.empty()) committed_at_ = clock_seconds();
   [open_.get() commit];
   committed_.push_back(std::move(open_));
 }
 
 void Commands::finish() {
   commit();
+  if (committed_.empty()) return;
   std::string error;
+  times_.committed = committed_at_;
+  times_.began = 0;
   for (const auto& buffer : std::exchange(committed_, {})) {
     [buffer.get() waitUntilCompleted];
+    times_.woken = clock_seconds();
+    if (times_.began == 0) times_.began = [buffer.get() GPUStartTime];
+    times_.ended = [buffer.get() GPUEndTime];
     if ([buffer.get() status] == MTLCommandBufferStatusError && error.empty()) {
       error = explain([buffer.get() error]);
     }

@@ -62,6 +62,20 @@ class MetalBackend final : public GpuBackend {
     replaced_.clear();
   }
 
+  DeviceTimes times() const override { return commands_.times(); }
+
+  std::vector<std::pair<std::string, std::string>> describe() const override {
+    const Pool pool;
+    int family = MTLGPUFamilyApple7;
+    while ([device_.get() supportsFamily:static_cast<MTLGPUFamily>(family + 1)]) ++family;
+    return {{"device", [[device_.get() name] UTF8String]},
+            {"family", "Apple" + std::to_string(family - MTLGPUFamilyApple7 + 7)},
+            {"maxBufferLength", std::to_string([device_.get() maxBufferLength])},
+            {"recommendedMaxWorkingSetSize",
+             std::to_string([device_.get() recommendedMaxWorkingSetSize])},
+            {"compiler", pipelines_.log()}};
+  }
+
  protected:
   uint64_t address(const void* pointer) override { return memory_.address(pointer); }
 

@@ -18,6 +18,9 @@ class Pipelines {
   // Compiles the .metal files of a directory. Throws DeviceError with the compiler's message.
   Pipelines(id<MTLDevice> device, const std::string& directory);
 
+  // What the compiler said though it compiled; "" for nothing.
+  const std::string& log() const { return log_; }
+
   // Throws DeviceError where the GPU cannot run the kernel with so many threads a threadgroup.
   id<MTLComputePipelineState> get(Kernel kernel, const Constants& constants, uint32_t threads);
 
@@ -26,6 +29,7 @@ class Pipelines {
 
   id<MTLDevice> device_;
   Owned<id<MTLLibrary>> library_;
+  std::string log_;
   std::map<std::pair<Kernel, Constants>, Owned<id<MTLComputePipelineState>>> pipelines_;
 };
 

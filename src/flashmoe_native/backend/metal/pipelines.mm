@@ -67,6 +67,7 @@ Pipelines::Pipelines(id<MTLDevice> device, const std::string& directory) : devic
                    options:options.get()
                      error:&error]);
   if (!library_) throw DeviceError("Metal: cannot compile the kernels: " + message(error));
+  if (error) log_ = message(error);
 }
 
 Owned<id<MTLComputePipelineState>> Pipelines::make(Kernel kernel,
