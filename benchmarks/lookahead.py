@@ -1,6 +1,6 @@
 """Would reading ahead by the next layer's router pay? What it guesses, on the demo model.
 
-    pip install '.[test]' && python benchmarks/lookahead.py tests/data/heldout.txt
+    pip install '.[reference]' && python benchmarks/lookahead.py tests/data/heldout.txt
 
 While a layer's experts are computed, the next layer's router is asked about the state before them.
 A cache of whole experts (least recently used out first) is replayed with the true routing: of the
@@ -21,14 +21,17 @@ import torch
 
 import flashmoe
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from test_demo import DEMO, in_transformers
+TESTS = Path(__file__).parents[1] / "tests"
+sys.path[:0] = [str(TESTS), str(TESTS / "reference")]
+from libraries import demo_in_transformers  # noqa: E402
+
+DEMO = Path(flashmoe.__file__).parent / "demo_model"
 
 
 def routes(ids: list[int], top_k: int) -> tuple[np.ndarray, np.ndarray]:
     """The experts of each token and layer, and those that the layer before guessed: int
     [tokens, layers, top_k]. Nothing guesses the first layer's: -1."""
-    model = in_transformers(DEMO)
+    model = demo_in_transformers(DEMO)
     layers = model.model.layers
     for layer in layers:
         layer.mlp.gate.top_k = top_k

@@ -132,6 +132,24 @@ def costs_table() -> str:
     return table(["", "prompt of 1024, tok/s", "decode, tok/s", "memory, GB/s"], rows)
 
 
+def processors_table() -> str:
+    result = load("processors")
+    rows = []
+    for cell in result["cells"]:
+        ours, theirs = cell["runs"]["flashmoe"], cell["runs"]["llama.cpp"]
+        cells = [cell["table"].split("-")[0].replace("avx", "AVX-").replace("AVX-2", "AVX2")]
+        cells.append(f"{cell['threads']}, {len(ours)}")
+        for what in ("decode", "prefill"):
+            both = [[run[what] for run in runs] for runs in (ours, theirs)]
+            cells += [*(f"{statistics.median(speeds):.3g}" for speeds in both), ratio(*both)]
+            if what == "decode":
+                pairs = zip(both[0], cell["memory"], strict=True)
+                cells.append(shown([rate * result["touched"] / m for rate, m in pairs], ".0%"))
+        rows.append([*cells, str(cell["prompt"])])
+    head = ["", "threads, runs", "decode, tok/s", "llama.cpp", "ratio", "of the memory's rate"]
+    return table([*head, "prompt, tok/s", "llama.cpp", "ratio", "its tokens"], rows)
+
+
 def engines(runs: dict[str, list[dict[str, Any]]], what: str) -> dict[str, Spread]:
     """Of Flash-MoE and of llama.cpp at its best."""
     both = {"Flash-MoE": runs["flashmoe"], "llama.cpp": peer(runs)}
@@ -199,6 +217,7 @@ def main() -> None:
     figure.savefig(DOCS / "performance.svg", metadata={"Date": None})
     tables = {
         "memory": memory_table(),
+        "processors": processors_table(),
         "rooms": rooms_table(),
         "layers": layers_table(),
         "context": context_table(),

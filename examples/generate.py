@@ -11,8 +11,8 @@ source = sys.argv[1] if len(sys.argv) > 1 else "demo"
 prompt = sys.argv[2] if len(sys.argv) > 2 else "What is a mixture of experts?"
 
 with flashmoe.Model(source) as model:
-    for token in model.chat([{"role": "user", "content": prompt}], max_tokens=200):
-        print(token.text, end="", flush=True)
+    for delta in model.chat([{"role": "user", "content": prompt}], max_tokens=200):
+        print(delta.text, end="", flush=True)
     stats = model.stats
     print(
         f"\n\n{stats.generated_tokens} tokens at {stats.decode_rate or 0:.1f} a second, "

@@ -2,24 +2,23 @@
 // many threadgroups go through with a running softmax; their results are merged.
 #include "common.h"
 
-enum AttentionThreads : uint { kRowsPerGroup = 4, kVectors = kMaxHeadDim / 4 };  // a simdgroup each
+enum : uint { kVectors = kMaxHeadDim / 4 };
 
 // Norm and RoPE, one simdgroup a head of a token: queries to scratch, keys and values to the cache.
-kernel void attention_append(constant AttentionArguments& args [[buffer(kAttentionArguments)]],
-                             device const float* q_gate [[buffer(kAttentionQGate)]],
-                             device const float* k [[buffer(kAttentionK)]],
-                             device const float* v [[buffer(kAttentionV)]],
-                             device const float* q_norm [[buffer(kAttentionQNorm)]],
-                             device const float* k_norm [[buffer(kAttentionKNorm)]],
-                             device const float* frequencies [[buffer(kAttentionFrequencies)]],
-                             device float* queries [[buffer(kAttentionQueries)]],
-                             device uchar* key_cache [[buffer(kAttentionKeys)]],
-                             device uchar* value_cache [[buffer(kAttentionValues)]],
-                             uint3 group [[threadgroup_position_in_grid]],
-                             uint simdgroup [[simdgroup_index_in_threadgroup]],
-                             uint lane [[thread_index_in_simdgroup]]) {
-  THREADGROUP_ARRAY(float, normed, [kRowsPerGroup][kMaxHeadDim]);
-  const uint row = group.x * kRowsPerGroup + simdgroup;
+KERNEL(attention_append, kAttentionThreads)(constant AttentionArguments& args [[buffer(0)]],
+                                            uint3 group [[threadgroup_position_in_grid]],
+                                            uint simdgroup [[simdgroup_index_in_threadgroup]],
+                                            uint lane [[thread_index_in_simdgroup]]) {
+  device const float* q_gate = args.q_gate;
+  device const float* k = args.k;
+  device const float* v = args.v;
+  device const float* q_norm = args.q_norm;
+  device const float* k_norm = args.k_norm;
+  device float* queries = args.queries;
+  device uchar* key_cache = args.keys;
+  device uchar* value_cache = args.values;
+  THREADGROUP_ARRAY(float, normed, [kAttentionRows][kMaxHeadDim]);
+  const uint row = group.x * kAttentionRows + simdgroup;
   const uint token = row / (args.heads + args.kv_heads), head = row % (args.heads + args.kv_heads);
   if (token >= args.tokens) return;  // the whole simdgroup, and no barrier is a threadgroup's
   const uint dim = args.head_dim, half_dim = args.rotary_dim / 2;
@@ -43,7 +42,7 @@ kernel void attention_append(constant AttentionArguments& args [[buffer(kAttenti
     float rotated = y[i];
     if (i < 2 * half_dim) {
       const uint pair = i < half_dim ? i : i - half_dim;
-      const float angle = float(position) * frequencies[pair];
+      const float angle = float(position) * args.frequencies[pair];
       const float other = i < half_dim ? -y[i + half_dim] : y[pair];
       rotated = y[i] * precise::cos(angle) + other * precise::sin(angle);
     }
@@ -60,7 +59,7 @@ kernel void attention_append(constant AttentionArguments& args [[buffer(kAttenti
 }
 
 // Four consecutive elements of a cache, `index` counting fours.
-inline float4 cached(device const uchar* cache, ulong index) {
+INLINE float4 cached(device const uchar* cache, ulong index) {
   if (cache_dtype_constant == kF32) return ((device const float4*)cache)[index];
   const uint2 words = ((device const uint2*)cache)[index];
   return float4(as_type<float>(words.x << 16), as_type<float>(words.x & 0xffff0000u),
@@ -68,7 +67,7 @@ inline float4 cached(device const uchar* cache, ulong index) {
 }
 
 // The softmax's sum is divided out and the gate applied to four elements of the output.
-inline float4 gated(float4 weighted, float sum, float4 gate) {
+INLINE float4 gated(float4 weighted, float sum, float4 gate) {
   return weighted * (1.0f / sum) *
          float4(sigmoid(gate.x), sigmoid(gate.y), sigmoid(gate.z), sigmoid(gate.w));
 }
@@ -76,18 +75,18 @@ inline float4 gated(float4 weighted, float sum, float4 gate) {
 // kSplitRows queries that share a KV head, against the keys of one split, kSplitKeys at a time.
 // Scores: 8 lanes share a key. Weighted values: a simdgroup owns 4 rows, a lane 4 elements of each
 // 128.
-kernel void attention_split(constant AttentionArguments& args [[buffer(kAttentionArguments)]],
-                            device const float* q_gate [[buffer(kAttentionQGate)]],
-                            device const float* queries [[buffer(kAttentionQueries)]],
-                            device const uchar* key_cache [[buffer(kAttentionKeys)]],
-                            device const uchar* value_cache [[buffer(kAttentionValues)]],
-                            device float* partial [[buffer(kAttentionPartial)]],
-                            device float* totals [[buffer(kAttentionTotals)]],
-                            device float* out [[buffer(kAttentionOut)]],
-                            uint3 group [[threadgroup_position_in_grid]],
-                            uint thread_index [[thread_index_in_threadgroup]],
-                            uint simdgroup [[simdgroup_index_in_threadgroup]],
-                            uint lane [[thread_index_in_simdgroup]]) {
+KERNEL(attention_split, kAttentionThreads)(constant AttentionArguments& args [[buffer(0)]],
+                                           uint3 group [[threadgroup_position_in_grid]],
+                                           uint thread_index [[thread_index_in_threadgroup]],
+                                           uint simdgroup [[simdgroup_index_in_threadgroup]],
+                                           uint lane [[thread_index_in_simdgroup]]) {
+  device const float* q_gate = args.q_gate;
+  device const float* queries = args.queries;
+  device const uchar* key_cache = args.keys;
+  device const uchar* value_cache = args.values;
+  device float* partial = args.partial;
+  device float* totals = args.totals;
+  device float* out = args.out;
   // kValues are loaded together, so that their latencies overlap.
   enum : uint { kRows = kSplitRows / 4, kLaneVectors = kVectors / kSimdWidth, kValues = 8 };
   THREADGROUP_ARRAY(float4, tile, [kSplitRows][kVectors]);
@@ -114,9 +113,11 @@ kernel void attention_split(constant AttentionArguments& args [[buffer(kAttentio
 
   float4 weighted[kRows][kLaneVectors];
   float top[kRows], sum[kRows];
+#pragma unroll
   for (uint r = 0; r < kRows; ++r) {
     top[r] = -INFINITY;
     sum[r] = 0;
+#pragma unroll
     for (uint j = 0; j < kLaneVectors; ++j) weighted[r][j] = float4(0.0f);
   }
 
@@ -127,6 +128,7 @@ kernel void attention_split(constant AttentionArguments& args [[buffer(kAttentio
     const ulong first_at = cache + ulong(min(first, end - 1)) * vectors;
     const ulong second_at = cache + ulong(min(second, end - 1)) * vectors;
     float4 key[kVectors / 8], other[kVectors / 8];
+#pragma unroll
     for (uint j = 0; j < kVectors / 8; ++j) {
       const bool there = 8 * j + part < vectors;
       key[j] = there ? cached(key_cache, first_at + 8 * j + part) : float4(0.0f);
@@ -134,6 +136,7 @@ kernel void attention_split(constant AttentionArguments& args [[buffer(kAttentio
     }
     for (uint r = 0; r < kSplitRows; ++r) {
       float score = 0, other_score = 0;
+#pragma unroll
       for (uint j = 0; j < kVectors / 8; ++j) {
         if (8 * j + part >= vectors) continue;
         const float4 query = tile[r][8 * j + part];
@@ -151,6 +154,7 @@ kernel void attention_split(constant AttentionArguments& args [[buffer(kAttentio
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
+#pragma unroll
     for (uint r = 0; r < kRows; ++r) {
       threadgroup float& score = scores[simdgroup * kRows + r][lane];
       const float highest = max(top[r], simd_max(score));
@@ -160,22 +164,27 @@ kernel void attention_split(constant AttentionArguments& args [[buffer(kAttentio
       score = p;
       top[r] = highest;
       sum[r] = fma(sum[r], keep, simd_sum(p));
+#pragma unroll
       for (uint j = 0; j < kLaneVectors; ++j) weighted[r][j] = weighted[r][j] * keep;
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
 
     // Keys past the end weigh 0, and the last one's value stands for theirs.
     for (uint index = 0; index < kSplitKeys; index += kValues) {
+#pragma unroll
       for (uint j = 0; j < kLaneVectors; ++j) {
         const uint vector = lane + j * kSimdWidth;
         if (vector >= vectors) continue;
         float4 value[kValues];
+#pragma unroll
         for (uint i = 0; i < kValues; ++i) {
           const uint position = min(first_key + index + i, end - 1);
           value[i] = cached(value_cache, cache + ulong(position) * vectors + vector);
         }
+#pragma unroll
         for (uint r = 0; r < kRows; ++r) {
           threadgroup const float* p = scores[simdgroup * kRows + r] + index;
+#pragma unroll
           for (uint i = 0; i < kValues; ++i) {
             weighted[r][j] = fma(float4(p[i]), value[i], weighted[r][j]);
           }
@@ -185,6 +194,7 @@ kernel void attention_split(constant AttentionArguments& args [[buffer(kAttentio
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
 
+#pragma unroll
   for (uint r = 0; r < kRows; ++r) {
     const uint row = first_row + simdgroup * kRows + r;
     if (row >= all_rows) continue;
@@ -195,6 +205,7 @@ kernel void attention_split(constant AttentionArguments& args [[buffer(kAttentio
       totals[2 * slot] = top[r];
       totals[2 * slot + 1] = sum[r];
     }
+#pragma unroll
     for (uint j = 0; j < kLaneVectors; ++j) {
       const uint vector = lane + j * kSimdWidth;
       if (vector >= vectors) continue;
@@ -209,15 +220,15 @@ kernel void attention_split(constant AttentionArguments& args [[buffer(kAttentio
 }
 
 // One simdgroup a head of a token.
-kernel void attention_merge(constant AttentionArguments& args [[buffer(kAttentionArguments)]],
-                            device const float* q_gate [[buffer(kAttentionQGate)]],
-                            device const float* partial [[buffer(kAttentionPartial)]],
-                            device const float* totals [[buffer(kAttentionTotals)]],
-                            device float* out [[buffer(kAttentionOut)]],
-                            uint3 group [[threadgroup_position_in_grid]],
-                            uint simdgroup [[simdgroup_index_in_threadgroup]],
-                            uint lane [[thread_index_in_simdgroup]]) {
-  const uint query = group.x * kRowsPerGroup + simdgroup, all = args.tokens * args.heads;
+KERNEL(attention_merge, kAttentionThreads)(constant AttentionArguments& args [[buffer(0)]],
+                                           uint3 group [[threadgroup_position_in_grid]],
+                                           uint simdgroup [[simdgroup_index_in_threadgroup]],
+                                           uint lane [[thread_index_in_simdgroup]]) {
+  device const float* q_gate = args.q_gate;
+  device const float* partial = args.partial;
+  device const float* totals = args.totals;
+  device float* out = args.out;
+  const uint query = group.x * kAttentionRows + simdgroup, all = args.tokens * args.heads;
   if (query >= all) return;
   const uint vectors = args.head_dim / 4;
   float top = -INFINITY;

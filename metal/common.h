@@ -11,6 +11,13 @@ using namespace shaders;
 #ifndef THREADGROUP_ARRAY
 #define THREADGROUP_ARRAY(type, name, extents) threadgroup type name extents
 #endif
+// A kernel and the most threads that a threadgroup of it has, which the compiler has registers for.
+#ifndef KERNEL
+#define KERNEL(name, threads) [[max_total_threads_per_threadgroup(threads)]] kernel void name
+#endif
+// Bounds of loops over arrays must be known and the loops unrolled, or a helper's arrays would live
+// in memory: Metal's compiler does neither by itself where a function constant is among the bounds.
+#define INLINE inline __attribute__((always_inline))
 #ifndef FUNCTION_CONSTANT
 #define FUNCTION_CONSTANT(name, index) constant uint name [[function_constant(index)]]
 #endif
@@ -28,43 +35,40 @@ FUNCTION_CONSTANT(quads_constant, kQuads);
 struct Format {
   uint bits, group, dtype;
 };
-inline Format first_format() {
+INLINE Format first_format() {
   return {bits_constant, group_constant, dtype_constant};
 }
-inline Format second_format() {
+INLINE Format second_format() {
   return {second_bits_constant, second_group_constant, second_dtype_constant};
 }
 
-// A weight as it is stored; scales and biases mean nothing where it is dense.
-struct Stored {
-  device const uchar* weight;
-  device const uchar* scales;
-  device const uchar* biases;
-};
+INLINE Stored stored(constant Stored& w) {
+  return {w.weight, w.scales, w.biases};
+}
 
-inline float bf16_to_float(uint bits) {
+INLINE float bf16_to_float(uint bits) {
   return as_type<float>(bits << 16);
 }
 
 // Round to nearest, ties to even. Caches hold finite values only.
-inline ushort float_to_bf16(float value) {
+INLINE ushort float_to_bf16(float value) {
   const uint bits = as_type<uint>(value);
   return ushort((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-inline float half_to_float(uint bits) {
+INLINE float half_to_float(uint bits) {
   return float(as_type<half>(ushort(bits)));
 }
 
 // Element `index` of an array of dtype.
-inline float element(uint dtype, device const uchar* data, ulong index) {
+INLINE float element(uint dtype, device const uchar* data, ulong index) {
   if (dtype == kF32) return ((device const float*)data)[index];
   const uint bits = ((device const ushort*)data)[index];
   return dtype == kBF16 ? bf16_to_float(bits) : half_to_float(bits);
 }
 
 // Element (row, column) of a weight with `columns` columns.
-inline float weight_at(Format format, Stored w, ulong row, uint columns, uint column) {
+INLINE float weight_at(Format format, Stored w, ulong row, uint columns, uint column) {
   const ulong index = row * columns + column;
   if (format.bits == 0) return element(format.dtype, w.weight, index);
   const uint per_word = 32 / format.bits;
@@ -75,17 +79,21 @@ inline float weight_at(Format format, Stored w, ulong row, uint columns, uint co
              element(format.dtype, w.biases, group));
 }
 
-inline float sigmoid(float x) {
+INLINE float pick(float4 v, uint i) {
+  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
+
+INLINE float sigmoid(float x) {
   return 1.0f / (1.0f + exp(-x));
 }
 
-inline float silu(float x) {
+INLINE float silu(float x) {
   return x * sigmoid(x);
 }
 
 // The sum of every thread's value, for a threadgroup of whole simdgroups. Every thread must call
 // it; `partial` has room for one float a simdgroup and is free again after the next barrier.
-inline float group_sum(float value, threadgroup float* partial, uint simdgroups, uint simdgroup,
+INLINE float group_sum(float value, threadgroup float* partial, uint simdgroups, uint simdgroup,
                        uint lane) {
   const float sum = simd_sum(value);
   if (lane == 0) partial[simdgroup] = sum;

@@ -2,43 +2,52 @@
 #include "common.h"
 
 // One thread a channel, which it follows through the tokens.
-kernel void causal_conv(device float* x [[buffer(kConvX)]],
-                        device const float* weight [[buffer(kConvWeight)]],
-                        device const float* state_in [[buffer(kConvStateIn)]],
-                        device float* state_out [[buffer(kConvStateOut)]],
-                        constant ConvArguments& args [[buffer(kConvArguments)]],
-                        uint3 position [[thread_position_in_grid]]) {
+KERNEL(causal_conv, kConvThreads)(constant ConvArguments& args [[buffer(0)]],
+                                  uint3 position [[thread_position_in_grid]]) {
+  device float* x = args.x;
+  device const float* weight = args.weight;
+  device const float* state_in = args.state_in;
+  device float* state_out = args.state_out;
   const uint channel = position.x;
   if (channel >= args.channels) return;
   enum : uint { kConvTokens = 8 };
   // The taps end at index kMaxConvTaps - 1, so that indices stay known to the compiler.
   const uint unused = kMaxConvTaps - args.taps;
-  float tap[kMaxConvTaps], window[kMaxConvTaps];
+  float tap[kMaxConvTaps], before[kMaxConvTaps];
+#pragma unroll
   for (uint k = 0; k < kMaxConvTaps; ++k) {
     tap[k] = k < unused ? 0.0f : weight[ulong(k - unused) * args.channels + channel];
-    window[k] = k <= unused ? 0.0f : state_in[ulong(k - unused - 1) * args.channels + channel];
+    before[k] = k <= unused ? 0.0f : state_in[ulong(k - unused - 1) * args.channels + channel];
   }
+  const float4 older_taps = float4(tap[0], tap[1], tap[2], tap[3]);
+  const float4 newer_taps = float4(tap[4], tap[5], tap[6], tap[7]);
+  float4 older = float4(before[0], before[1], before[2], before[3]);
+  float4 newer = float4(before[4], before[5], before[6], before[7]);
   for (uint first = 0; first < args.tokens; first += kConvTokens) {
     float inputs[kConvTokens];  // loaded together, so that their latencies overlap
+#pragma unroll
     for (uint i = 0; i < kConvTokens; ++i) {
       const uint t = min(first + i, args.tokens - 1);
       inputs[i] = x[ulong(t) * args.channels + channel];
     }
-    for (uint i = 0; i < kConvTokens && first + i < args.tokens; ++i) {
-      for (uint k = 0; k + 1 < kMaxConvTaps; ++k) window[k] = window[k + 1];
-      window[kMaxConvTaps - 1] = inputs[i];
-      float sum = 0;
-      for (uint k = 0; k < kMaxConvTaps; ++k) sum = fma(tap[k], window[k], sum);
+#pragma unroll
+    for (uint i = 0; i < kConvTokens; ++i) {
+      if (first + i >= args.tokens) continue;
+      older = float4(older.y, older.z, older.w, newer.x);
+      newer = float4(newer.y, newer.z, newer.w, inputs[i]);
+      const float sum = dot(older_taps, older) + dot(newer_taps, newer);
       x[ulong(first + i) * args.channels + channel] = silu(sum);
     }
   }
+#pragma unroll
   for (uint k = 1; k < kMaxConvTaps; ++k) {
-    if (k > unused) state_out[ulong(k - unused - 1) * args.channels + channel] = window[k];
+    if (k <= unused) continue;
+    state_out[ulong(k - unused - 1) * args.channels + channel] = pick(k < 4 ? older : newer, k % 4);
   }
 }
 
 // log(1 + y) for y >= 0, exact where 1 + y loses y (Kahan).
-inline float log1p_positive(float y) {
+INLINE float log1p_positive(float y) {
   const float u = 1.0f + y;
   return u == 1.0f ? y : log(u) * (y / (u - 1.0f));
 }
@@ -46,17 +55,21 @@ inline float log1p_positive(float y) {
 // One threadgroup a value head. A thread keeps a quarter of one column of the state, 32 of its
 // elements, in registers through all tokens; the four threads of a column add up in threadgroup
 // memory. o = S_new^T q is taken as decay S^T q + (k . q) d, so that a token needs one barrier.
-kernel void gated_delta(
-    device const float* qkv [[buffer(kDeltaQkv)]], device const float* z [[buffer(kDeltaZ)]],
-    device const float* a [[buffer(kDeltaA)]], device const float* b [[buffer(kDeltaB)]],
-    device const float* a_log [[buffer(kDeltaALog)]],
-    device const float* dt_bias [[buffer(kDeltaDtBias)]],
-    device const float* norm [[buffer(kDeltaNorm)]],
-    device const float* state_in [[buffer(kDeltaStateIn)]],
-    device float* state_out [[buffer(kDeltaStateOut)]], device float* out [[buffer(kDeltaOut)]],
-    constant DeltaArguments& args [[buffer(kDeltaArguments)]],
-    uint3 group [[threadgroup_position_in_grid]], uint thread_index [[thread_index_in_threadgroup]],
-    uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+KERNEL(gated_delta, kDeltaThreads)(constant DeltaArguments& args [[buffer(0)]],
+                                   uint3 group [[threadgroup_position_in_grid]],
+                                   uint thread_index [[thread_index_in_threadgroup]],
+                                   uint simdgroup [[simdgroup_index_in_threadgroup]],
+                                   uint lane [[thread_index_in_simdgroup]]) {
+  device const float* qkv = args.qkv;
+  device const float* z = args.z;
+  device const float* a = args.a;
+  device const float* b = args.b;
+  device const float* a_log = args.a_log;
+  device const float* dt_bias = args.dt_bias;
+  device const float* norm = args.norm;
+  device const float* state_in = args.state_in;
+  device float* state_out = args.state_out;
+  device float* out = args.out;
   enum : uint { kPartRows = kMaxDeltaDim / kDeltaParts };
   // Normed queries and keys by (part, row of the part), zero past key_dim.
   THREADGROUP_ARRAY(float4, queries, [kDeltaTokens * kMaxDeltaDim / 4]);
@@ -82,8 +95,10 @@ kernel void gated_delta(
   const ulong state_at = (ulong(head) * key_dim + part * rows) * value_dim + column;
 
   float4 state[kPartRows / 4];
+#pragma unroll
   for (uint i = 0; i < kPartRows / 4; ++i) {
     float s[4];
+#pragma unroll
     for (uint j = 0; j < 4; ++j) {
       const uint row = 4 * i + j;
       s[j] = used && row < rows ? state_in[state_at + ulong(row) * value_dim] : 0.0f;
@@ -130,6 +145,7 @@ kernel void gated_delta(
       const ulong v = ulong(first + i) * qkv_width + 2 * key_width + head * value_dim + column;
       const float value = used ? qkv[v] : 0.0f;  // early, for it takes long
       float key_sum = 0, query_sum = 0;
+#pragma unroll
       for (uint r = 0; r < kPartRows / 4; ++r) {
         key_sum += dot(state[r], k[r]);
         query_sum += dot(state[r], q[r]);
@@ -145,6 +161,7 @@ kernel void gated_delta(
       }
       const float decay = decays[i];
       const float d = used ? (value - decay * key_sum) * betas[i] : 0.0f;
+#pragma unroll
       for (uint r = 0; r < kPartRows / 4; ++r) state[r] = fma(k[r], float4(d), state[r] * decay);
       if (part == 0) outputs[i * kMaxDeltaDim + column] = decay * query_sum + key_queries[i] * d;
     }
@@ -163,8 +180,10 @@ kernel void gated_delta(
   }
 
   if (!used) return;
+#pragma unroll
   for (uint i = 0; i < kPartRows / 4; ++i) {
     const float s[4] = {state[i].x, state[i].y, state[i].z, state[i].w};
+#pragma unroll
     for (uint j = 0; j < 4; ++j) {
       const uint row = 4 * i + j;
       if (row < rows) state_out[state_at + ulong(row) * value_dim] = s[j];

@@ -22,7 +22,7 @@ enum StagedShape : uint {
 
 // Puts up to kMatvecColumns inputs, a multiple of 32, into threadgroup memory. Every thread must
 // call it; a barrier follows.
-inline void stage(device const float* x, uint columns, uint thread_index,
+INLINE void stage(device const float* x, uint columns, uint thread_index,
                   threadgroup float4* staged, threadgroup float* sums) {
   enum : uint { kThreadVectors = kMatvecColumns / 4 / kMatvecThreads };
   const uint vectors = columns / 4;
@@ -53,9 +53,10 @@ struct Inputs {
   float sum;
 };
 
-inline Inputs load_inputs(threadgroup const float4* staged, threadgroup const float* sums,
+INLINE Inputs load_inputs(threadgroup const float4* staged, threadgroup const float* sums,
                           uint chunk, uint lane) {
   Inputs in;
+#pragma unroll
   for (uint i = 0; i < kLaneVectors; ++i) {
     const float4 four = staged[(chunk * kLaneVectors + i) * kStagedPitch + lane];
     in.x[4 * i] = four.x;
@@ -67,44 +68,55 @@ inline Inputs load_inputs(threadgroup const float4* staged, threadgroup const fl
   return in;
 }
 
-enum : uint { kTwoTo23 = 0x4b000000 };  // as a float
+enum : uint {
+  kTwoTo23 = 0x4b000000,  // as a float
+  kMaxBits = 8,           // of a quantised element
+};
 
 // Sum of q[i] x[i] over the 32 quantised elements of `words`. An element is neither shifted down to
 // its value nor converted: masked where it stands in half a word, it becomes the low bits of 2^23
 // (`magic`), which is then taken off. Elements that stand at the same place are added up together,
 // and these sums, 2^bits times too large from place to place, at the end.
-inline float dot_quantised(uint bits, thread const uint* words, thread const float* x, uint magic) {
-  const uint places = 16 / bits, mask = (1u << bits) - 1;
-  float at[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+template <uint bits>
+INLINE float dot_quantised(thread const uint* words, thread const float* x, uint magic) {
+  enum : uint { kPlaces = 16 / bits, kMask = (1u << bits) - 1 };
+  float at[kPlaces];
+#pragma unroll
+  for (uint i = 0; i < kPlaces; ++i) at[i] = 0;
+#pragma unroll
   for (uint h = 0; h < 2 * bits; ++h) {
     const uint half_word = h % 2 == 0 ? words[h / 2] : words[h / 2] >> 16;
-    for (uint i = 0; i < places; ++i) {
-      const uint q = (half_word & (mask << (i * bits))) | magic;
-      at[i] = fma(as_type<float>(q) - 0x1p23f, x[h * places + i], at[i]);
+#pragma unroll
+    for (uint i = 0; i < kPlaces; ++i) {
+      const uint q = (half_word & (uint(kMask) << (i * bits))) | magic;
+      at[i] = fma(as_type<float>(q) - 0x1p23f, x[h * kPlaces + i], at[i]);
     }
   }
-  float total = at[places - 1];
-  for (uint i = places - 1; i > 0; --i) total = fma(total, 1.0f / float(1u << bits), at[i - 1]);
+  float total = at[kPlaces - 1];
+#pragma unroll
+  for (uint i = kPlaces - 1; i > 0; --i) total = fma(total, 1.0f / float(1u << bits), at[i - 1]);
   return total;
 }
 
 // Two 16-bit elements.
-inline float dot_pair(uint dtype, uint word, thread const float* x, float total) {
+INLINE float dot_pair(uint dtype, uint word, thread const float* x, float total) {
   const bool bf16 = dtype == kBF16;
   total = fma(bf16 ? as_type<float>(word << 16) : half_to_float(word & 0xffff), x[0], total);
   return fma(bf16 ? as_type<float>(word & 0xffff0000) : half_to_float(word >> 16), x[1], total);
 }
 
 // Sum of w[i] x[i] over the `block`-th 32 elements of a dense weight.
-inline float dot_dense(uint dtype, device const uchar* w, uint block, thread const Inputs& in) {
+INLINE float dot_dense(uint dtype, device const uchar* w, uint block, thread const Inputs& in) {
   float total = 0;
   if (dtype == kF32) {
+#pragma unroll
     for (uint i = 0; i < kLaneVectors; ++i) {
       const float4 four = ((device const float4*)w)[ulong(block) * kLaneVectors + i];
       total += dot(four, float4(in.x[4 * i], in.x[4 * i + 1], in.x[4 * i + 2], in.x[4 * i + 3]));
     }
     return total;
   }
+#pragma unroll
   for (uint i = 0; i < kMatvecLaneColumns / 8; ++i) {
     const uint4 words = ((device const uint4*)w)[ulong(block) * (kMatvecLaneColumns / 8) + i];
     thread const float* x = in.x + 8 * i;
@@ -117,25 +129,25 @@ inline float dot_dense(uint dtype, device const uchar* w, uint block, thread con
 }
 
 // Two rows of a weight to each quad: `first` and the one behind it to the first, then `step` on.
-struct Rows {
+struct RowPairs {
   Format format;
   Stored w;
   uint first, step;
   uint end;  // rows from here on are taken for the last; nobody asks for their sums
 };
 
-inline uint row_of(Rows rows, uint quad, uint r) {
-  return min(rows.first + quad * rows.step + r, rows.end - 1);
+INLINE uint row_of(RowPairs rows, uint q, uint r) {
+  return min(rows.first + q * rows.step + r, rows.end - 1);
 }
 
 // What a row of a quantised weight holds for a lane's 32 columns, as stored.
 struct Fetched {
-  uint words[8];  // as many as an element has bits
+  uint words[kMaxBits];  // as many as an element has bits
   float scale, bias;
 };
 
 // `block` is the number of 32 columns' elements, counted from the weight's first.
-inline Fetched fetch(Format format, Stored w, uint block) {
+INLINE Fetched fetch(Format format, Stored w, uint block) {
   Fetched out;
   if (format.bits == 0) return out;
   if (format.bits == 2) {
@@ -143,7 +155,9 @@ inline Fetched fetch(Format format, Stored w, uint block) {
     out.words[0] = two.x;
     out.words[1] = two.y;
   }
-  for (uint i = 0; i < format.bits / 4; ++i) {
+#pragma unroll
+  for (uint i = 0; i < kMaxBits / 4; ++i) {
+    if (i >= format.bits / 4) continue;
     const uint4 four = ((device const uint4*)w.weight)[ulong(block) * (format.bits / 4) + i];
     out.words[4 * i] = four.x;
     out.words[4 * i + 1] = four.y;
@@ -157,16 +171,18 @@ inline Fetched fetch(Format format, Stored w, uint block) {
 }
 
 // What 32 columns give to a row.
-inline float dot_row(Format format, Stored w, uint block, thread const Inputs& in,
+INLINE float dot_row(Format format, Stored w, uint block, thread const Inputs& in,
                      thread const Fetched& fetched, uint magic) {
   if (format.bits == 0) return dot_dense(format.dtype, w.weight, block, in);
-  return fma(fetched.scale, dot_quantised(format.bits, fetched.words, in.x, magic),
-             fetched.bias * in.sum);
+  const float dot = format.bits == 2   ? dot_quantised<2>(fetched.words, in.x, magic)
+                    : format.bits == 4 ? dot_quantised<4>(fetched.words, in.x, magic)
+                                       : dot_quantised<8>(fetched.words, in.x, magic);
+  return fma(fetched.scale, dot, fetched.bias * in.sum);
 }
 
 // The sum over all lanes of total[lane / 8]: four sums in little more time than one, since a lane
 // hands half of what it has to another at each of the first steps.
-inline float sum_four(thread const float* total, uint lane) {
+INLINE float sum_four(thread const float* total, uint lane) {
   const bool high = (lane & 16) != 0, odd = (lane & 8) != 0;
   const float first =
       (high ? total[2] : total[0]) + simd_shuffle_xor(high ? total[0] : total[2], 16);
@@ -183,25 +199,41 @@ struct Quad {
   Fetched rows[4];
 };
 
-inline Quad fetch_quad(Rows a, Rows b, uint quad, uint row_blocks, uint block) {
+INLINE Quad fetch_quad(RowPairs a, RowPairs b, uint q, uint row_blocks, uint block) {
   Quad out;
+#pragma unroll
   for (uint i = 0; i < 4; ++i) {
-    const Rows rows = i < 2 ? a : b;
-    out.rows[i] = fetch(rows.format, rows.w, row_of(rows, quad, i % 2) * row_blocks + block);
+    const RowPairs rows = i < 2 ? a : b;
+    out.rows[i] = fetch(rows.format, rows.w, row_of(rows, q, i % 2) * row_blocks + block);
   }
   return out;
+}
+
+// Adds to four totals what 32 columns give to the rows of quad q.
+INLINE void add_quad(RowPairs a, RowPairs b, uint q, uint row_blocks, uint block,
+                     thread const Inputs& in, thread const Quad& fetched, uint magic,
+                     thread float* total) {
+#pragma unroll
+  for (uint i = 0; i < 4; ++i) {
+    const RowPairs rows = i < 2 ? a : b;
+    const uint at = row_of(rows, q, i % 2) * row_blocks + block;
+    total[i] += dot_row(rows.format, rows.w, at, in, fetched.rows[i], magic);
+  }
 }
 
 // total[4 i ...] = a lane's part of the two rows of `a` and the two of `b` in quad i, times x.
 // Every thread of the threadgroup must call it. The first quad is asked for before the inputs are
 // there.
-inline void multiply_rows(Rows a, Rows b, uint columns, device const float* x, uint thread_index,
-                          uint lane, threadgroup float4* staged, threadgroup float* sums,
-                          thread float* total) {
+INLINE void multiply_rows(RowPairs a, RowPairs b, uint columns, device const float* x,
+                          uint thread_index, uint lane, threadgroup float4* staged,
+                          threadgroup float* sums, thread float* total) {
+#pragma unroll
   for (uint i = 0; i < 4 * kMaxQuads; ++i) total[i] = 0;
   if (columns % kMatvecLaneColumns != 0) {  // a dense weight
-    for (uint i = 0; i < 4 * quads_constant; ++i) {
-      const Rows rows = i % 4 < 2 ? a : b;
+#pragma unroll
+    for (uint i = 0; i < 4 * kMaxQuads; ++i) {
+      if (i >= 4 * quads_constant) continue;
+      const RowPairs rows = i % 4 < 2 ? a : b;
       const uint row = row_of(rows, i / 4, i % 2);
       for (uint column = lane; column < columns; column += kSimdWidth) {
         total[i] = fma(weight_at(rows.format, rows.w, row, columns, column), x[column], total[i]);
@@ -210,28 +242,25 @@ inline void multiply_rows(Rows a, Rows b, uint columns, device const float* x, u
     return;
   }
   // Never 0, as the compiler cannot know: so it keeps this number in a register, and not the masks.
-  const uint magic = a.end == 0 ? 0 : kTwoTo23;
+  const uint magic = a.end == 0 ? 0 : uint(kTwoTo23);
   const uint row_blocks = columns / kMatvecLaneColumns;
   uint block = lane;
-  Quad quad;
-  if (block < row_blocks) quad = fetch_quad(a, b, 0, row_blocks, block);
+  Quad fetched;
+  if (block < row_blocks) fetched = fetch_quad(a, b, 0, row_blocks, block);
   for (uint begin = 0; begin < columns; begin += kMatvecColumns) {
     if (begin > 0) threadgroup_barrier(mem_flags::mem_threadgroup);
     stage(x + begin, min(columns - begin, uint(kMatvecColumns)), thread_index, staged, sums);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     for (uint chunk = 0; chunk < kChunks && block < row_blocks; ++chunk) {
       const Inputs in = load_inputs(staged, sums, chunk, lane);
-#pragma unroll
-      for (uint q = 0; q < quads_constant; ++q) {
-        for (uint i = 0; i < 4; ++i) {
-          const Rows rows = i < 2 ? a : b;
-          const uint at = row_of(rows, q, i % 2) * row_blocks + block;
-          total[4 * q + i] += dot_row(rows.format, rows.w, at, in, quad.rows[i], magic);
-        }
-        const bool last = q + 1 == quads_constant;
-        if (last) block += kSimdWidth;
-        if (block < row_blocks) quad = fetch_quad(a, b, last ? 0 : q + 1, row_blocks, block);
+      add_quad(a, b, 0, row_blocks, block, in, fetched, magic, total);
+      if (quads_constant > 1) {
+        // Always, as the compiler cannot know: else it moves the loads up, which costs registers.
+        if (magic != 0) fetched = fetch_quad(a, b, 1, row_blocks, block);
+        add_quad(a, b, 1, row_blocks, block, in, fetched, magic, total + 4);
       }
+      block += kSimdWidth;
+      if (block < row_blocks) fetched = fetch_quad(a, b, 0, row_blocks, block);
     }
   }
 }

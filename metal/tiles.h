@@ -8,10 +8,11 @@
 enum TilePitch : uint { kWeightPitch = kTileRows + 4, kInputPitch = kTileTokens + 4 };
 
 // 16 elements of a row from `column` on, which is a multiple of 16.
-inline void decode16(Format format, Stored w, uint row, uint columns, uint column,
+INLINE void decode16(Format format, Stored w, uint row, uint columns, uint column,
                      thread float* out) {
   const ulong at = ulong(row) * columns + column;
   if (format.bits == 0) {
+#pragma unroll
     for (uint i = 0; i < 16; ++i) {
       out[i] = column + i < columns ? element(format.dtype, w.weight, at + i) : 0.0f;
     }
@@ -21,6 +22,7 @@ inline void decode16(Format format, Stored w, uint row, uint columns, uint colum
   const float bias = element(format.dtype, w.biases, at / format.group);
   device const uint* words = (device const uint*)w.weight + at * format.bits / 32;
   const uint per_word = 32 / format.bits, mask = (1u << format.bits) - 1;
+#pragma unroll
   for (uint i = 0; i < 16; ++i) {
     const uint q = words[i / per_word] >> (i % per_word * format.bits) & mask;
     out[i] = fma(float(q), scale, bias);
@@ -38,9 +40,10 @@ struct TileInputs {
 
 // total[t] = 4 rows, from row + 4 * (thread_index % 16), of w times token 4 * (thread_index / 16)
 // + t of the tile. Every thread of the threadgroup must call it.
-inline void multiply_tile(Format format, Stored w, uint row, uint rows, uint columns,
+INLINE void multiply_tile(Format format, Stored w, uint row, uint rows, uint columns,
                           TileInputs inputs, uint thread_index, threadgroup float* weights,
                           threadgroup float* xs, thread float4* total) {
+#pragma unroll
   for (uint t = 0; t < 4; ++t) total[t] = float4(0.0f);
   const uint my_row = thread_index / 2, my_columns = thread_index % 2 * 16;
   const uint my_token = thread_index / 4, my_inputs = thread_index % 4 * 8;
@@ -51,6 +54,7 @@ inline void multiply_tile(Format format, Stored w, uint row, uint rows, uint col
     float decoded[16];
     decode16(format, w, min(row + my_row, rows - 1), columns, column + my_columns, decoded);
     threadgroup_barrier(mem_flags::mem_threadgroup);
+#pragma unroll
     for (uint i = 0; i < 16; ++i) weights[(my_columns + i) * kWeightPitch + my_row] = decoded[i];
     for (uint i = 0; i < 8; ++i) {
       const uint c = column + my_inputs + i;
@@ -68,8 +72,4 @@ inline void multiply_tile(Format format, Stored w, uint row, uint rows, uint col
       total[3] = fma(four, float4(token.w), total[3]);
     }
   }
-}
-
-inline float component(float4 v, uint i) {
-  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }

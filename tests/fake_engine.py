@@ -127,6 +127,7 @@ class FakeState:
     def __init__(self, tokens: list[int]) -> None:
         self.tokens = tokens
         self.prompt = 0
+        self.logits: np.ndarray | None = None
 
     @property
     def position(self) -> int:
@@ -142,19 +143,8 @@ class FakeState:
 
     def fork(self) -> "FakeState":
         copy = FakeState(list(self.tokens))
-        copy.prompt = self.prompt
+        copy.prompt, copy.logits = self.prompt, self.logits
         return copy
-
-    def export(self) -> dict[str, np.ndarray]:
-        return {
-            "layers.0.recurrent": np.array(self.tokens, np.float32),
-            "layers.1.keys": np.array(self.tokens, np.uint16),
-        }
-
-    def restore(self, position: int, tensors: dict[str, np.ndarray]) -> None:
-        if tensors["layers.0.recurrent"].shape != (position,):
-            raise ValueError("restore: tensor layers.0.recurrent has another shape")
-        self.tokens = tensors["layers.0.recurrent"].astype(int).tolist()
 
 
 class FakeEngine:
@@ -197,8 +187,9 @@ class FakeEngine:
         state.tokens += ids.tolist()
         if len(ids) > 1 or not before:
             state.prompt = len(state.tokens)
+        state.logits = self.rule(state.tokens, state.prompt)
         if not all_logits:
-            return self.rule(state.tokens, state.prompt)
+            return state.logits
         return np.stack([self.rule(before + ids[: i + 1].tolist(), 0) for i in range(len(ids))])
 
     def stats(self) -> dict[str, float]:
@@ -218,6 +209,7 @@ class FakeEngine:
             "slot_bytes": 6789,
             "activation_bytes": 1,
             "head_seconds": 0.01 * forwards,
+            "busy_seconds": 0.15 * forwards,
         }
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ from flashmoe.checkpoint.open import Checkpoint
 from flashmoe.errors import CheckpointError
 from flashmoe.pack.pack import pack
 
-PWRITE, REPLACE = os.pwrite, Path.replace
+PWRITE, RENAME = os.pwrite, os.rename
 
 
 def run(source: Path, directory: Path, moment: int | None) -> tuple[bool, bytes]:
@@ -40,10 +40,10 @@ def run(source: Path, directory: Path, moment: int | None) -> tuple[bool, bytes]
             half = data[: len(data) // 2]
             return step(b"w", lambda: PWRITE(file, data, at), lambda: PWRITE(file, half, at))
 
-        def replace(path: Path, target: Path) -> Any:
-            return step(b"r", lambda: REPLACE(path, target), lambda: None)
+        def rename(path: Path, target: Path) -> Any:
+            return step(b"r", lambda: RENAME(path, target), lambda: None)
 
-        os.pwrite, Path.replace = pwrite, replace  # type: ignore[assignment,method-assign]
+        os.pwrite, os.rename = pwrite, rename  # type: ignore[assignment]
         pack(source, directory, threads=1)
         os._exit(0)
     os.close(write)

@@ -1,180 +1,100 @@
-"""Checkpoint.open finds the very bytes that transformers and mlx-lm find, in every layout."""
+"""Checkpoint.open finds the very bytes of every weight, in every layout."""
 
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import mlx.core as mx
 import numpy as np
 import pytest
-import torch
-from checkpoints import VARIANTS, reference
-from safetensors.torch import load_file, save_file
+from checkpoints import HUGGING_FACE, MLX, VARIANTS, weights
+from table_reader import floats, read
+from tensors import Tensor, dequantize, load, of_bytes, quantize, save
+from tensors import stored as as_dtype
 
+from flashmoe.checkpoint.config import ModelConfig
 from flashmoe.checkpoint.open import Checkpoint
-from flashmoe.checkpoint.table import Extents, Format
+from flashmoe.checkpoint.table import Format
 from flashmoe.errors import CheckpointError
 
-pytestmark = pytest.mark.reference
 Get = Callable[[str], Path]
 
-HUGGING_FACE = [name for name, variant in VARIANTS.items() if variant.mlx is None]
-MLX = [name for name, variant in VARIANTS.items() if variant.mlx is not None]
-TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-MX = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 
-
-def read(checkpoint: Checkpoint, extents: Extents) -> bytes:
-    result = b""
-    for file, offset, length in extents:
-        with checkpoint.files[file].open("rb") as stream:
-            stream.seek(offset)
-            result += stream.read(length)
-    assert len(result) == extents[:, 2].sum()
-    return result
-
-
-def read_dense(checkpoint: Checkpoint, extents: Extents, dtype: str) -> torch.Tensor:
-    return torch.frombuffer(bytearray(read(checkpoint, extents)), dtype=TORCH[dtype]).float()
-
-
-def dequantised(checkpoint: Checkpoint, format: Format, parts: list[Extents]) -> np.ndarray:
-    """float32 [rows, cols], by mlx."""
-    if not format.bits:
-        return (
-            read_dense(checkpoint, parts[0], format.dtype).reshape(format.rows, format.cols).numpy()
-        )
-    words = np.frombuffer(read(checkpoint, parts[0]), np.uint32).reshape(format.rows, -1)
-    scales, biases = (
-        mx.array(np.frombuffer(read(checkpoint, part), np.uint8))
-        .view(MX[format.dtype])
-        .reshape(format.rows, -1)
-        for part in parts[1:]
-    )
-    weight = mx.dequantize(mx.array(words), scales, biases, format.group, format.bits)
-    return np.array(weight.astype(mx.float32))
-
-
-def expected_matrices(model: Any, config: Any) -> dict[str, torch.Tensor]:
-    """transformers' matrices by canonical name, Qwen3-Next's taken apart by transformers itself."""
+def by_canonical_name(values: dict[str, np.ndarray], config: ModelConfig) -> dict[str, np.ndarray]:
+    """Matrices and vectors outside experts, Qwen3-Next's projections taken apart."""
     result = {}
-    for name, weight in model.state_dict().items():
-        key = name.removeprefix("model.").removesuffix(".weight")
-        if key.endswith(("in_proj_qkvz", "in_proj_ba")) or ".mlp.experts." in key:
-            continue
-        if weight.ndim == 2 and not (key == "lm_head" and config.tie_word_embeddings):
-            result[key] = weight
-    for name, module in model.named_modules():
-        if hasattr(module, "in_proj_qkvz"):
-            # It takes [batch, tokens, rows]: let the columns of the weights be the tokens.
-            q, k, v, z, b, a = module.fix_query_key_value_ordering(
-                module.in_proj_qkvz.weight.T[None], module.in_proj_ba.weight.T[None]
-            )
-            key = name.removeprefix("model.")
-            q, k, v, z = (x.flatten(2)[0].T for x in (q, k, v, z))
-            result[f"{key}.in_proj_qkv"] = torch.cat([q, k, v])
-            result[f"{key}.in_proj_z"] = z
-            result[f"{key}.in_proj_b"], result[f"{key}.in_proj_a"] = b[0].T, a[0].T
-    return result
-
-
-@pytest.mark.parametrize("name", HUGGING_FACE)
-@torch.no_grad()
-def test_hugging_face_weights_are_those_of_transformers(checkpoint: Get, name: str) -> None:
-    stored = Checkpoint.open(checkpoint(name))
-    model = reference(name)
-    expected = expected_matrices(model, stored.config)
-    assert stored.matrices.keys() == expected.keys()
-    for key, matrix in stored.matrices.items():
-        weight = read_dense(stored, matrix.parts[0], matrix.format.dtype)
-        shape = (matrix.format.rows, matrix.format.cols)
-        assert torch.equal(weight.reshape(shape), expected[key]), key
-        assert len(matrix.parts) == matrix.format.parts == 1
-
-    state = model.state_dict()
-    for key, vector in stored.vectors.items():
-        weight = state.get(f"model.{key}.weight", state.get(f"model.{key}"))
-        found = read_dense(stored, vector.extents, vector.dtype)
-        assert torch.equal(found, weight.flatten()), key
-        assert vector.length == weight.numel()
-        zero_centred = "norm" in key and not key.endswith("linear_attn.norm")
-        assert vector.plus_one == zero_centred, key
-    assert len(stored.vectors) == sum(
-        weight.ndim != 2 and ".experts." not in key for key, weight in state.items()
-    )
-
-    assert len(stored.experts) == len(stored.config.layer_types)
-    for layer, experts in enumerate(stored.experts):
-        block = model.model.layers[layer].mlp.experts
-        extents = experts.extents.reshape(stored.config.num_experts, experts.parts, 3)
-        for expert in range(stored.config.num_experts):
-            gate, up = block.gate_up_proj[expert].chunk(2)
-            for part, weight in enumerate((gate, up, block.down_proj[expert])):
-                dtype = (experts.gate, experts.up, experts.down)[part].dtype
-                found = read_dense(stored, extents[expert, part : part + 1], dtype)
-                assert torch.equal(found.reshape(weight.shape), weight), (layer, expert, part)
-
-
-@pytest.mark.parametrize("name", MLX)
-def test_mlx_weights_are_those_of_mlx_lm(checkpoint: Get, name: str) -> None:
-    from mlx_lm import utils  # noqa: PLC0415
-
-    directory = checkpoint(name)
-    stored = Checkpoint.open(directory)
-    model, _ = utils.load_model(directory)
-    inner = getattr(model, "language_model", model)
-    modules = dict(inner.named_modules())
-
-    def expected(path: str) -> np.ndarray:
-        module = modules[path]
-        weight = module.weight
-        if hasattr(module, "scales"):
-            weight = mx.dequantize(
-                weight, module.scales, module.biases, module.group_size, module.bits
-            )
-        return np.array(weight.astype(mx.float32))
-
-    for key, matrix in stored.matrices.items():
-        found = dequantised(stored, matrix.format, list(matrix.parts))
-        path = key if key == "lm_head" else f"model.{key}"
-        if "in_proj_" in key and path not in modules:
-            weight = by_key_head(expected, path, stored)
-        else:
-            weight = expected(path)
-        assert np.array_equal(found, weight), key
-
-    assert not any(vector.plus_one for vector in stored.vectors.values())
-    for layer, experts in enumerate(stored.experts):
-        extents = experts.extents.reshape(stored.config.num_experts, experts.parts, 1, 3)
-        first = 0
-        for projection in ("gate", "up", "down"):
-            format: Format = getattr(experts, projection)
-            weights = expected(f"model.layers.{layer}.mlp.switch_mlp.{projection}_proj")
-            for expert, weight in enumerate(weights):
-                parts = list(extents[expert, first : first + format.parts])
-                assert np.array_equal(dequantised(stored, format, parts), weight)
-            first += format.parts
-
-
-def by_key_head(expected: Callable[[str], np.ndarray], path: str, stored: Checkpoint) -> np.ndarray:
-    """A de-interleaved projection of Qwen3-Next, by the arithmetic of mlx-lm's qwen3_next."""
-    config = stored.config
-    base, _, wanted = path.rpartition("in_proj_")
     heads, ratio = (
         config.linear_num_key_heads,
         config.linear_num_value_heads // config.linear_num_key_heads,
     )
-    if wanted in ("a", "b"):
-        grouped = expected(f"{base}in_proj_ba").reshape(heads, 2 * ratio, -1)
-        b, a = np.split(grouped, 2, axis=1)
-        return (a if wanted == "a" else b).reshape(heads * ratio, -1)
     k, v = config.linear_key_head_dim, ratio * config.linear_value_head_dim
-    grouped = expected(f"{base}in_proj_qkvz").reshape(heads, 2 * (k + v), -1)
-    q, key, value, z = np.split(grouped, [k, 2 * k, 2 * k + v], axis=1)
-    fields = [z] if wanted == "z" else [q, key, value]
-    return np.concatenate([x.reshape(-1, x.shape[-1]) for x in fields])
+    for name, value in values.items():
+        key = name.removeprefix("model.").removesuffix(".weight")
+        base, interleaved, what = key.partition("in_proj_")
+        fields: dict[str, list[int]] = {}
+        if what == "qkvz":
+            fields = {"qkv": [k, k, v], "z": [v]}
+        elif what == "ba":
+            fields = {"b": [ratio], "a": [ratio]}
+        elif ".experts." not in key:
+            result[key] = value
+        begin = 0
+        for field, sizes in fields.items():
+            grouped = value.reshape(heads, -1, value.shape[-1])
+            pieces = []
+            for size in sizes:
+                pieces.append(grouped[:, begin : begin + size].reshape(-1, value.shape[-1]))
+                begin += size
+            result[base + interleaved + field] = np.concatenate(pieces)
+    return result
+
+
+def as_stored(name: str, key: str, matrix: np.ndarray, dtype: str) -> np.ndarray:
+    """What is left of a matrix by canonical name once it is quantised as the variant's are."""
+    bits, group = VARIANTS[name].mlx or (16, 0)
+    if bits != 16 and key.endswith(("mlp.gate", "shared_expert_gate")):
+        bits, group = 8, 64
+    if bits == 16 or matrix.shape[-1] % group:
+        return matrix
+    return dequantize(*quantize(matrix, dtype, bits, group), bits, group)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_weight_is_found(checkpoint: Get, name: str) -> None:
+    stored = Checkpoint.open(checkpoint(name))
+    dtype = VARIANTS[name].dtype
+    values = {key: tensor.floats() for key, tensor in weights(name).items()}
+    expected = by_canonical_name(values, stored.config)
+    matrices = {key for key, value in expected.items() if value.ndim == 2}
+    assert stored.matrices.keys() == matrices
+    for key, matrix in stored.matrices.items():
+        found = floats(stored, matrix.format, matrix.parts)
+        assert np.array_equal(found, as_stored(name, key, expected[key], dtype)), key
+
+    assert stored.vectors.keys() == expected.keys() - matrices
+    for key, vector in stored.vectors.items():
+        weight = expected[key].flatten()
+        zero_centred = "norm" in key and not key.endswith("linear_attn.norm")
+        assert vector.plus_one == (zero_centred and name in HUGGING_FACE), key
+        if zero_centred and name in MLX:
+            weight = as_dtype(weight + 1, dtype).floats()
+        found = of_bytes(vector.dtype, read(stored, vector.extents)).floats()
+        assert np.array_equal(found, weight), key
+        assert vector.length == weight.size
+
+    assert len(stored.experts) == len(stored.config.layer_types)
+    for layer, experts in enumerate(stored.experts):
+        extents = experts.extents.reshape(stored.config.num_experts, experts.parts, 1, 3)
+        block = f"model.layers.{layer}.mlp.experts."
+        gates, ups = np.split(values[block + "gate_up_proj"], 2, axis=1)
+        first = 0
+        for kind, whole in (("gate", gates), ("up", ups), ("down", values[block + "down_proj"])):
+            form: Format = getattr(experts, kind)
+            for expert, weight in enumerate(whole):
+                parts = list(extents[expert, first : first + form.parts])
+                found = floats(stored, form, parts)
+                assert np.array_equal(found, as_stored(name, kind, weight, dtype)), (layer, expert)
+            first += form.parts
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -223,14 +143,15 @@ def test_separate_quantised_experts_with_padding_are_read_as_stacked_ones(
     """pack's layout; the format of switch_mlp in config.json is that of each expert."""
     stacked = Checkpoint.open(checkpoint("mlx-4"))
     directory = Path(shutil.copytree(stacked.directory, tmp_path / "separate"))
-    tensors = {"padding.0": torch.zeros(24, dtype=torch.uint8)}
-    for name, tensor in load_file(directory / "model.safetensors").items():
+    tensors = {"padding.0": Tensor("U8", np.zeros(24, np.uint8))}
+    for name, tensor in load(directory / "model.safetensors").items():
         module, found, part = name.partition(".switch_mlp.")
-        pieces = enumerate(tensor.clone()) if found else ()
-        tensors |= {f"{module}.experts.{e}.{part}": piece for e, piece in pieces}
+        pieces = enumerate(tensor.array) if found else ()
+        for expert, piece in pieces:
+            tensors[f"{module}.experts.{expert}.{part}"] = Tensor(tensor.dtype, piece)
         if not found:
             tensors[name] = tensor
-    save_file(tensors, directory / "model.safetensors")
+    save(tensors, directory / "model.safetensors")
     (directory / "model.safetensors.index.json").unlink()
     config = json.loads((directory / "config.json").read_text())
     config["quantization"] = {"bits": 8, "group_size": 64} | {

@@ -5,57 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from published import QWEN35_397B
 
 from flashmoe.checkpoint.config import ModelConfig
 from flashmoe.checkpoint.metadata import Metadata
 from flashmoe.errors import CheckpointError
 
-# Qwen3.5-397B-A17B's, less what no text model reads.
-QWEN35_397B: dict[str, Any] = {
-    "architectures": ["Qwen3_5MoeForConditionalGeneration"],
-    "image_token_id": 248056,
-    "model_type": "qwen3_5_moe",
-    "text_config": {
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "attn_output_gate": True,
-        "dtype": "bfloat16",
-        "eos_token_id": 248044,
-        "full_attention_interval": 4,
-        "head_dim": 256,
-        "hidden_act": "silu",
-        "hidden_size": 4096,
-        "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 15,
-        "linear_conv_kernel_dim": 4,
-        "linear_key_head_dim": 128,
-        "linear_num_key_heads": 16,
-        "linear_num_value_heads": 64,
-        "linear_value_head_dim": 128,
-        "max_position_embeddings": 262144,
-        "mlp_only_layers": [],
-        "model_type": "qwen3_5_moe_text",
-        "moe_intermediate_size": 1024,
-        "mtp_num_hidden_layers": 1,
-        "num_attention_heads": 32,
-        "num_experts": 512,
-        "num_experts_per_tok": 10,
-        "num_hidden_layers": 60,
-        "num_key_value_heads": 2,
-        "rms_norm_eps": 1e-06,
-        "shared_expert_intermediate_size": 1024,
-        "vocab_size": 248320,
-        "mamba_ssm_dtype": "float32",
-        "rope_parameters": {
-            "mrope_interleaved": True,
-            "mrope_section": [11, 11, 10],
-            "rope_type": "default",
-            "rope_theta": 10000000,
-            "partial_rotary_factor": 0.25,
-        },
-    },
-    "tie_word_embeddings": False,
-    "vision_config": {"depth": 27, "hidden_size": 1152},
-}
 TEXT = QWEN35_397B["text_config"]
 DELETE = object()
 

@@ -61,7 +61,7 @@ class Client:
             cached: whether at most one turn may be computed again.
         """
         self.messages.append({"role": "user", "content": f"What about place number {number}?"})
-        fresh = True
+        fresh, self.first_cached = True, -1
         for said in steps_of(number):
             thought = f"They ask for {number}, so I think.\n</think>\n\n" if self.think else ""
             # Every fourth answer is drawn letter by letter, as no tokenizer encodes it.
@@ -81,6 +81,7 @@ class Client:
                 assert answer.cached_tokens >= (self.query if fresh else self.turn)
                 self.whole += answer.cached_tokens == len(self.sequence) - 1
             self.requests += 1
+            self.first_cached = answer.cached_tokens if fresh else self.first_cached
             self.rows, self.script = rows, script
             self.turn = len(ids) - 1 - ids[::-1].index(1)  # <|im_start|>
             self.query = self.turn if fresh else self.query
@@ -174,7 +175,8 @@ def test_conversations_that_the_budget_holds_are_not_computed_again(directory: P
         ask(clients, 1, cached=False)  # each has been let go when it comes again
         ask(clients[3:], 2, cached=True)  # but the latest five have not
         ask(clients[3:], 3, cached=True)
-        ask(clients[:3], 2, cached=False)
+        ask(clients[:1], 2, cached=False)
+        assert clients[0].first_cached == 0
 
 
 def test_conversations_in_threads_get_what_they_would_get_alone(directory: Path) -> None:

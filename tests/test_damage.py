@@ -13,15 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from tensors import Tensor, load, save, stored
 
 from flashmoe.checkpoint.open import Checkpoint
 from flashmoe.errors import CheckpointError
-
-pytestmark = pytest.mark.reference
-torch = pytest.importorskip("torch")
-
-from safetensors.torch import load_file, save_file  # noqa: E402  (it imports torch)
 
 Get = Callable[[str], Path]
 Damage = Callable[[Path], None]
@@ -74,16 +71,24 @@ def edit_index(directory: Path, change: Callable[[dict[str, str]], object]) -> N
     edit_json(directory / INDEX, lambda index: change(index["weight_map"]))
 
 
-def edit_tensors(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+def edit_tensors(directory: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
     """Leaves a file that is sound as safetensors, and an index, if any, that agrees with it."""
-    tensors = load_file(directory / WEIGHTS)
+    tensors = load(directory / WEIGHTS)
     change(tensors)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / WEIGHTS)
+    save(tensors, directory / WEIGHTS)
     if (directory / INDEX).exists():
         edit_json(
             directory / INDEX,
             lambda index: index.update(weight_map=dict.fromkeys(tensors, WEIGHTS)),
         )
+
+
+def edit_tensor(directory: Path, name: str, change: Callable[[Tensor], Tensor]) -> None:
+    edit_tensors(directory, lambda tensors: tensors.update({name: change(tensors[name])}))
+
+
+def zeros(*shape: int) -> Tensor:
+    return stored(np.zeros(shape, np.float32), "F32")
 
 
 # The file of a checkpoint that is one file.
@@ -166,7 +171,7 @@ def a_tensor_named_twice(directory: Path) -> None:
 
 @damage("base", WEIGHTS, "cannot be called", "\\x1b[2J")
 def a_tensor_whose_name_clears_the_screen(directory: Path) -> None:
-    edit_tensors(directory, lambda tensors: tensors.update({"\x1b[2J": torch.zeros(1)}))
+    edit_tensors(directory, lambda tensors: tensors.update({"\x1b[2J": zeros(1)}))
 
 
 @damage("sharded", INDEX, "cannot be called")
@@ -296,36 +301,36 @@ def a_missing_expert(directory: Path) -> None:
 @damage("base", WEIGHTS, "does not have", "model.layers.0.mlp.experts.8.up_proj.weight")
 def an_expert_too_many(directory: Path) -> None:
     name = "model.layers.0.mlp.experts.8.up_proj.weight"
-    edit_tensors(directory, lambda tensors: tensors.update({name: torch.zeros(64, 128)}))
+    edit_tensors(directory, lambda tensors: tensors.update({name: zeros(64, 128)}))
 
 
 @damage("base", WEIGHTS, "does not have", "model.layers.4.input_layernorm.weight")
 def a_layer_too_many(directory: Path) -> None:
     name = "model.layers.4.input_layernorm.weight"
-    edit_tensors(directory, lambda tensors: tensors.update({name: torch.zeros(128)}))
+    edit_tensors(directory, lambda tensors: tensors.update({name: zeros(128)}))
 
 
 @damage("base", WEIGHTS, "does not have", "self_attn.k_proj.bias", "self_attn.q_proj.bias")
 def biases_that_the_model_does_not_have(directory: Path) -> None:
     name = "model.layers.3.self_attn.{}_proj.bias"
-    new = {name.format(letter): torch.zeros(128) for letter in "qk"}
+    new = {name.format(letter): zeros(128) for letter in "qk"}
     edit_tensors(directory, lambda tensors: tensors.update(new))
 
 
 @damage("base", WEIGHTS, "does not have", "score.weight")
 def a_head_that_the_model_does_not_have(directory: Path) -> None:
-    edit_tensors(directory, lambda tensors: tensors.update({"score.weight": torch.zeros(2, 128)}))
+    edit_tensors(directory, lambda tensors: tensors.update({"score.weight": zeros(2, 128)}))
 
 
 @damage("base", WEIGHTS, GATE, "shape [128, 8], expected [8, 128]")
 def a_transposed_router(directory: Path) -> None:
-    edit_tensors(directory, lambda tensors: tensors.update({GATE: tensors[GATE].T}))
+    edit_tensor(directory, GATE, lambda tensor: tensor.map(np.transpose))
 
 
 @damage("base", WEIGHTS, "linear_attn.conv1d.weight", "shape [256, 4], expected [256, 1, 4]")
 def a_convolution_of_two_dimensions(directory: Path) -> None:
     name = "model.layers.1.linear_attn.conv1d.weight"
-    edit_tensors(directory, lambda tensors: tensors.update({name: tensors[name].squeeze(1)}))
+    edit_tensor(directory, name, lambda tensor: tensor.map(lambda a: a[:, 0]))
 
 
 @damage("base", WEIGHTS, GATE, "dtype I32, expected F32 or F16 or BF16")
@@ -336,13 +341,13 @@ def a_dtype_of_the_same_size(directory: Path) -> None:
 @damage("base", WEIGHTS, "linear_attn.A_log", "dtype F64")
 def a_vector_of_float64(directory: Path) -> None:
     name = "model.layers.0.linear_attn.A_log"
-    edit_tensors(directory, lambda tensors: tensors.update({name: tensors[name].double()}))
+    edit_tensor(directory, name, lambda tensor: stored(tensor.floats(), "F64"))
 
 
 @damage("base", WEIGHTS, "experts.5.down_proj.weight", "BF16", "first expert is F32")
 def experts_of_different_dtypes(directory: Path) -> None:
     name = "model.layers.2.mlp.experts.5.down_proj.weight"
-    edit_tensors(directory, lambda tensors: tensors.update({name: tensors[name].bfloat16()}))
+    edit_tensor(directory, name, lambda tensor: stored(tensor.floats(), "BF16"))
 
 
 @damage("fused", WEIGHTS, "experts.gate_up_proj", "shape [8, 128, 128]", "expected [8, 256, 128]")
@@ -353,12 +358,12 @@ def an_expert_width_that_is_not_the_configs(directory: Path) -> None:
 @damage("next", WEIGHTS, "in_proj_qkvz.weight", "expected [384, 128]")
 def interleaved_projections_of_another_shape(directory: Path) -> None:
     name = "model.layers.0.linear_attn.in_proj_qkvz.weight"
-    edit_tensors(directory, lambda tensors: tensors.update({name: tensors[name][:-1]}))
+    edit_tensor(directory, name, lambda tensor: tensor.map(lambda a: a[:-1]))
 
 
 @damage("nested", WEIGHTS, "does not have", "model.embed_tokens.weight")
 def two_models_in_one_file(directory: Path) -> None:
-    edit_tensors(directory, lambda tensors: tensors.update({EMBEDDING: torch.zeros(320, 128)}))
+    edit_tensors(directory, lambda tensors: tensors.update({EMBEDDING: zeros(320, 128)}))
 
 
 # Quantisation.
@@ -416,19 +421,19 @@ def scales_without_biases(directory: Path) -> None:
 @damage("mlx-4", WEIGHTS, "up_proj.biases", "dtype F32, expected BF16")
 def biases_of_another_dtype_than_scales(directory: Path) -> None:
     name = f"{MLX}layers.1.mlp.switch_mlp.up_proj.biases"
-    edit_tensors(directory, lambda tensors: tensors.update({name: tensors[name].float()}))
+    edit_tensor(directory, name, lambda tensor: stored(tensor.floats(), "F32"))
 
 
 @damage("mlx-4", WEIGHTS, "switch_mlp.up_proj.weight", "shape [7, 64, 16], expected [8, 64, 16]")
 def stacked_experts_that_lack_one(directory: Path) -> None:
     name = f"{MLX}layers.1.mlp.switch_mlp.up_proj.weight"
-    edit_tensors(directory, lambda tensors: tensors.update({name: tensors[name][:-1]}))
+    edit_tensor(directory, name, lambda tensor: tensor.map(lambda a: a[:-1]))
 
 
 @damage("mlx-4", WEIGHTS, "conv1d.weight", "expected [256, 4, 1]")
 def convolutions_of_two_conventions(directory: Path) -> None:
     name = f"{MLX}layers.1.linear_attn.conv1d.weight"
-    edit_tensors(directory, lambda tensors: tensors.update({name: tensors[name].transpose(1, 2)}))
+    edit_tensor(directory, name, lambda tensor: tensor.map(lambda a: a.swapaxes(1, 2)))
 
 
 # The index and the files it names.

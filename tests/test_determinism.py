@@ -10,7 +10,6 @@ from engines import TestEngine, random_ids
 
 from flashmoe.checkpoint.open import Checkpoint
 
-pytestmark = pytest.mark.reference
 NAMES = ["odd", "next-ratio-4", "mlx-4", "mlx-2"]
 GetCheckpoint = Callable[[str], Path]
 

@@ -2,20 +2,18 @@
 
 import inspect
 import json
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from programs import environment
 
 import flashmoe
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").iterdir())
-
-pytestmark = pytest.mark.reference
 
 
 def _run(directory: Path, code: str) -> str:
@@ -25,10 +23,9 @@ def _run(directory: Path, code: str) -> str:
         f"flashmoe.checkpoint.find.demo_directory = lambda: Path({str(directory)!r})\n"
         "sys.argv = ['example']\n"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, "-c", head + code],
-        env=environment,
+        env=environment(),
         capture_output=True,
         text=True,
         check=False,

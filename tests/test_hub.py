@@ -1,126 +1,17 @@
 """Hub ids become directories, against a hub on this machine; every failure says what to do."""
 
-import hashlib
-import json
-import os
-import re
-import shutil
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
+from hub_server import Hub
+from programs import environment
 
 from flashmoe.checkpoint.open import Checkpoint
 
-pytestmark = pytest.mark.reference
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
-
-class Hub(ThreadingHTTPServer):
-    """Serves one directory as the model tests/model; `served` lists the files asked for."""
-
-    def __init__(self, directory: Path) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.directory = directory
-        self.served: list[str] = []
-        self.cut_once: str | None = None
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Hub
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args: Any) -> None:
-        pass
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        path = self.path.partition("?")[0]
-        if path.startswith("/api/models/tests/gated"):
-            self.refuse(403, "GatedRepo", "Access to model tests/gated is restricted")
-        elif match := re.fullmatch(r"/api/models/tests/model/(revision|tree)/\w+", path):
-            self.list_files(match.group(1))
-        elif path.startswith("/tests/model/resolve/"):
-            self.send_file(self.server.directory / path.split("/")[-1])
-        else:
-            self.refuse(404, "RepoNotFound", "Repository not found")
-
-    def refuse(self, status: int, code: str, message: str) -> None:
-        self.send_response(status)
-        self.send_header("X-Error-Code", code)
-        self.send_header("X-Error-Message", message)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def list_files(self, kind: str) -> None:
-        files = sorted(self.server.directory.iterdir())
-        listing: Any = [
-            {
-                "type": "file",
-                "path": file.name,
-                "size": file.stat().st_size,
-                "oid": hashlib.sha1(file.read_bytes()).hexdigest(),
-            }
-            for file in files
-        ]
-        if kind == "revision":
-            siblings = [{"rfilename": file.name} for file in files]
-            listing = {"id": "tests/model", "sha": COMMIT, "siblings": siblings}
-        body = json.dumps(listing).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def send_file(self, file: Path) -> None:
-        if not file.exists():
-            self.refuse(404, "EntryNotFound", "Entry not found")
-            return
-        data = file.read_bytes()
-        start = 0
-        if (wanted := self.headers.get("Range")) and self.command == "GET":
-            start = int(re.findall(r"\d+", wanted)[0])
-        self.send_response(206 if start else 200)
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("ETag", f'"{hashlib.sha1(data).hexdigest()}"')
-        self.send_header("Content-Length", str(len(data) - start))
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
-        self.end_headers()
-        if self.command == "HEAD":
-            return
-        self.server.served.append(file.name)
-        if file.name == self.server.cut_once:
-            self.server.cut_once = None
-            self.wfile.write(data[: len(data) // 2])
-            self.close_connection = True
-            return
-        self.wfile.write(data[start:])
-
-
-@pytest.fixture
-def hub(checkpoint: Callable[[str], Path], tmp_path: Path) -> Iterator[Hub]:
-    directory = Path(shutil.copytree(checkpoint("nested-bf16-sharded"), tmp_path / "published"))
-    (directory / "pytorch_model.bin").write_bytes(b"the same weights again")
-    (directory / "README.md").write_text("# A model")
-    server = Hub(directory)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-def run_download(hub: Hub, source: str, **environment: str) -> tuple[str, str]:
+def run_download(hub: Hub, source: str, **more: str) -> tuple[str, str]:
     """(path or error message, what was shown meanwhile), in a process of its own, since
     huggingface_hub reads its environment once."""
     script = (
@@ -133,14 +24,12 @@ def run_download(hub: Hub, source: str, **environment: str) -> tuple[str, str]:
     home = hub.directory.with_name("home")
     result = subprocess.run(
         [sys.executable, "-c", script, source],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(sys.path),
-            "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
-            "HF_HOME": str(home),
-            "HF_HUB_DISABLE_XET": "1",
-            **environment,
-        },
+        env=environment(
+            HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}",
+            HF_HOME=str(home),
+            HF_HUB_DISABLE_XET="1",
+            **more,
+        ),
         cwd=hub.directory.parent,
         capture_output=True,
         text=True,

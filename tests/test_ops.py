@@ -9,10 +9,19 @@ import numpy as np
 import pytest
 
 from flashmoe import _native
+from flashmoe.measure.reference import (
+    attention,
+    from_bf16,
+    gated_delta,
+    sigmoid,
+    silu,
+    store,
+    to_bf16,
+)
 
 ops = _native.ops
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-ISAS = ("portable", "avx2", "avx512", "avx512-bf16") if X86 else tuple(ops.isas())
+ISAS = ("portable", "avx2", "avx-vnni", "avx512", "avx512-bf16") if X86 else tuple(ops.isas())
 THREADS = 2
 
 
@@ -36,33 +45,7 @@ def close(actual, expected, tolerance=2e-5):
     assert error <= tolerance * np.abs(expected).max(initial=1e-30), error
 
 
-def sigmoid(x):
-    return 1 / (1 + np.exp(-x))
-
-
-def silu(x):
-    return x * sigmoid(x)
-
-
 # Element types and the affine format
-
-
-def to_bf16(x):
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32).astype(np.uint64)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-
-
-def from_bf16(words):
-    return (words.astype(np.uint32) << 16).view(np.float32)
-
-
-def store(x, dtype):
-    """The array as it lies in a checkpoint, and the float64 values that it then holds."""
-    if dtype == "BF16":
-        stored = to_bf16(x)
-        return stored, from_bf16(stored).astype(np.float64)
-    stored = x.astype(np.float16 if dtype == "F16" else np.float32)
-    return stored, stored.astype(np.float64)
 
 
 @dataclass
@@ -344,26 +327,6 @@ def test_causal_conv(isa, n, channels, kernel):
     np.testing.assert_array_equal(after, line[-(kernel - 1) :].astype(np.float32))
 
 
-def delta_reference(qkv, z, a, b, a_log, dt_bias, norm, state, key_heads, eps):
-    heads, dk, dv = state.shape
-    out, s = np.zeros((len(qkv), heads, dv)), state.astype(np.float64).copy()
-    for t, row in enumerate(qkv.astype(np.float64)):
-        q = row[: key_heads * dk].reshape(key_heads, dk)
-        k = row[key_heads * dk : 2 * key_heads * dk].reshape(key_heads, dk)
-        v = row[2 * key_heads * dk :].reshape(heads, dv)
-        q = q / np.sqrt((q**2).sum(-1, keepdims=True) + 1e-6) * dk**-0.5
-        k = k / np.sqrt((k**2).sum(-1, keepdims=True) + 1e-6)
-        for h in range(heads):
-            kh, qh = k[h // (heads // key_heads)], q[h // (heads // key_heads)]
-            g = -np.exp(np.float64(a_log[h])) * np.log1p(np.exp(np.float64(a[t, h] + dt_bias[h])))
-            s[h] *= np.exp(g)
-            s[h] += np.outer(kh, sigmoid(np.float64(b[t, h])) * (v[h] - s[h].T @ kh))
-            o = s[h].T @ qh
-            o = o / np.sqrt((o**2).mean() + eps) * norm
-            out[t, h] = o * silu(z[t, h * dv : (h + 1) * dv].astype(np.float64))
-    return out.reshape(len(qkv), -1), s
-
-
 def delta_inputs(n, key_heads, heads, dk, dv):
     rng = np.random.default_rng(n + heads + dk)
 
@@ -392,7 +355,7 @@ def delta_inputs(n, key_heads, heads, dk, dv):
 def test_gated_delta(isa, n, key_heads, heads, dk, dv):
     inputs = delta_inputs(n, key_heads, heads, dk, dv)
     out, state = backend().gated_delta(**inputs)
-    expected, expected_state = delta_reference(**inputs)
+    expected, expected_state = gated_delta(**inputs)
     close(out, expected)
     close(state, expected_state)
 
@@ -422,51 +385,6 @@ def attention_inputs(n, heads, kv_heads, dim, dtype, position):
     }
 
 
-def attention_reference(
-    q_gate, k, v, q_norm, k_norm, keys, values, position, rotary_dim, rope_theta, eps, rounded
-):
-    """In float64. `rounded`: queries, and the weights of each block of 256 keys against the block's
-    own largest, are in bfloat16, as the keys and values that they meet."""
-    n, heads, _ = q_gate.shape
-    kv_heads, dim = k.shape[1:]
-    exponents = np.arange(0, rotary_dim, 2).astype(np.float32) / np.float32(rotary_dim)
-    powers = (np.float64(rope_theta) ** exponents.astype(np.float64)).astype(np.float32)
-    inverse = np.float32(1) / powers
-    angles = np.outer(np.arange(position, position + n, dtype=np.float32), inverse)[:, None]
-    cos, sin = np.cos(angles.astype(np.float64)), np.sin(angles.astype(np.float64))
-
-    def prepare(x, weight):
-        x = x.astype(np.float64)
-        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * weight
-        half = rotary_dim // 2
-        a, b = x[..., :half], x[..., half:rotary_dim]
-        return np.concatenate([a * cos - b * sin, b * cos + a * sin, x[..., rotary_dim:]], -1)
-
-    bf16 = keys.dtype == np.uint16
-    stored = [from_bf16(c) if bf16 else c for c in (keys, values)]
-    keys, values = (c.astype(np.float64) for c in stored)
-    new_k, new_v = prepare(k, k_norm), v
-    if bf16:
-        new_k, new_v = (from_bf16(to_bf16(c)) for c in (new_k.astype(np.float32), new_v))
-    keys[:, position : position + n] = new_k.transpose(1, 0, 2)
-    values[:, position : position + n] = new_v.transpose(1, 0, 2)
-    q = prepare(q_gate[..., :dim], q_norm)
-    if rounded:
-        q = from_bf16(to_bf16(q)).astype(np.float64)
-    out = np.zeros((n, heads, dim))
-    for t in range(n):
-        for h in range(heads):
-            seen = slice(0, position + t + 1)
-            scores = keys[h // (heads // kv_heads), seen] @ q[t, h] * dim**-0.5
-            p = np.exp(scores - scores.max())
-            for block in np.split(p, range(256, len(p), 256)) if rounded else ():
-                top = block.max()
-                block[:] = from_bf16(to_bf16(block / top)) * top
-            out[t, h] = p @ values[h // (heads // kv_heads), seen] / p.sum()
-    out *= sigmoid(q_gate[..., dim:].astype(np.float64))
-    return out.reshape(n, -1), keys, values
-
-
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "rotary"),
@@ -477,7 +395,7 @@ def test_attention(isa, n, position, heads, kv_heads, dim, rotary, dtype):
     inputs = attention_inputs(n, heads, kv_heads, dim, dtype, position)
     rope = {"rotary_dim": rotary, "rope_theta": 1e4, "eps": 1e-6}
     rounded = isa == "avx512-bf16" and dtype == "BF16"
-    expected, keys, values = attention_reference(**inputs, **rope, rounded=rounded)
+    expected, keys, values = attention(**inputs, **rope, rounded=rounded)
     out = backend().attention(**inputs, **rope)
     # What falls on the other side of a bfloat16 rounding than the reference's moves the rest.
     close(out, expected, {"F32": 3e-5, "BF16": 2e-3}[dtype])

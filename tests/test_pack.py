@@ -15,6 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from engines import TestEngine, random_ids
+from table_reader import floats
+from tensors import load, quantize
 
 from flashmoe.checkpoint.headers import read_header
 from flashmoe.checkpoint.open import Checkpoint
@@ -24,13 +27,12 @@ from flashmoe.pack.pack import pack
 
 ROOT = Path(__file__).parents[1]
 PREFIX = "language_model.model."
-NUMPY = {"U32": np.uint32, "BF16": np.uint16, "F16": np.float16, "F32": np.float32}
 Get = Callable[[str], Path]
 
 
 @pytest.fixture(scope="session")
 def source(maker: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small checkpoint of 8 bits, made without torch."""
+    """A small checkpoint of 8 bits."""
     directory = tmp_path_factory.mktemp("pack") / "source"
     shape = maker.Shape(128, 2, 4, 2, 64, 64, 320, 4, 2, 32, 2, 4, 32, full_attention_interval=2)
     maker.make_checkpoint(directory, shape, bits=8)
@@ -39,13 +41,12 @@ def source(maker: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tensors(directory: Path) -> dict[str, npt.NDArray[Any]]:
     """Every tensor of a pack but the padding; bfloat16 as uint16."""
-    found = {}
-    for file in sorted(directory.glob("*.safetensors")):
-        for name, tensor in read_header(file).items():
-            if not name.startswith("padding."):
-                data = np.fromfile(file, np.uint8, tensor.nbytes, offset=tensor.offset)
-                found[name] = data.view(NUMPY[tensor.dtype]).reshape(tensor.shape)
-    return found
+    return {
+        name: tensor.array
+        for file in sorted(directory.glob("*.safetensors"))
+        for name, tensor in load(file).items()
+        if not name.startswith("padding.")
+    }
 
 
 def content(directory: Path) -> dict[str, bytes]:
@@ -55,7 +56,6 @@ def content(directory: Path) -> dict[str, bytes]:
 # Values
 
 
-@pytest.mark.reference
 @pytest.mark.parametrize(
     ("variant", "bits", "group"),
     [
@@ -75,46 +75,20 @@ def content(directory: Path) -> dict[str, bytes]:
 def test_every_quantised_tensor_is_what_mlx_makes_of_it(
     checkpoint: Get, tmp_path: Path, variant: str, bits: int, group: int
 ) -> None:
-    mx = pytest.importorskip("mlx.core")
-    dtypes = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
     opened = Checkpoint.open(checkpoint(variant))
     pack(checkpoint(variant), tmp_path / "pack", bits=bits, group_size=group)
     packed = tensors(tmp_path / "pack")
 
-    def stored(part: npt.NDArray[np.int64]) -> bytes:
-        pieces = []
-        for file, offset, length in part.tolist():
-            with opened.files[file].open("rb") as stream:
-                stream.seek(offset)
-                pieces.append(stream.read(length))
-        return b"".join(pieces)
-
-    def original(form: Any, parts: Any) -> Any:
-        """[rows, cols]; what is quantised already dequantised in float32."""
-
-        def array(part: Any) -> Any:
-            values = mx.array(np.frombuffer(stored(part), np.uint8)).view(dtypes[form.dtype])
-            return values.reshape(form.rows, -1)
-
-        if not form.bits:
-            return array(parts[0])
-        words = mx.array(np.frombuffer(stored(parts[0]), np.uint32).reshape(form.rows, -1))
-        scales, biases = (array(part).astype(mx.float32) for part in parts[1:])
-        return mx.dequantize(words, scales, biases, group_size=form.group, bits=form.bits)
-
     def check(path: str, form: Any, parts: Any) -> None:
         router = path.endswith(("mlp.gate", "shared_expert_gate"))
         new_bits, new_group = (8, 64) if router else (bits, group)
-        weight = original(form, parts)
         if (form.bits, form.group) == (new_bits, new_group):
             return  # copied, which another test sees
-        expected = mx.quantize(weight, group_size=new_group, bits=new_bits)
+        weight = floats(opened, form, parts)
+        expected = quantize(weight, form.dtype, new_bits, new_group)
         for suffix, want in zip((".weight", ".scales", ".biases"), expected, strict=True):
-            cast = want if suffix == ".weight" else want.astype(dtypes[form.dtype])
-            have = packed[path + suffix]
-            np.testing.assert_array_equal(
-                have.view(np.uint8).reshape(-1), np.array(cast.view(mx.uint8)).reshape(-1), path
-            )
+            have = packed[path + suffix].reshape(want.array.shape)
+            np.testing.assert_array_equal(have.view(np.uint8), want.array.view(np.uint8), path)
 
     for name, matrix in opened.matrices.items():
         path = "language_model.lm_head" if name == "lm_head" else PREFIX + name
@@ -128,7 +102,6 @@ def test_every_quantised_tensor_is_what_mlx_makes_of_it(
                 check(path, form, parts)
 
 
-@pytest.mark.reference
 @pytest.mark.parametrize(
     ("variant", "bits"), [("mlx-4", 4), ("mlx-2", 2), ("mlx-next", 4), ("bf16", 16), ("f16", 16)]
 )
@@ -136,20 +109,15 @@ def test_every_quantised_tensor_is_what_mlx_makes_of_it(
 def test_a_pack_of_the_same_bits_gives_the_same_logits(
     checkpoint: Get, tmp_path: Path, variant: str, bits: int, precision: str
 ) -> None:
-    from engines import TestEngine, random_ids  # noqa: PLC0415
-
     pack(checkpoint(variant), tmp_path / "pack", bits=bits)
     ids = random_ids(300, 40)
     expected = TestEngine(checkpoint(variant), precision=precision).logits(ids)
     assert np.array_equal(TestEngine(tmp_path / "pack", precision=precision).logits(ids), expected)
 
 
-@pytest.mark.reference
 def test_columns_that_the_group_does_not_divide_stay_at_16_bits(
     checkpoint: Get, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from engines import TestEngine, random_ids  # noqa: PLC0415
-
     with caplog.at_level(logging.WARNING, "flashmoe"):
         summary = pack(checkpoint("mlx-4-partly-dense"), tmp_path / "pack")
     assert len(summary.dense) == 8  # down_proj of the routed and shared experts of 4 layers
@@ -289,7 +257,7 @@ def test_ctrl_c_keeps_what_is_complete(source: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         pack(source, tmp_path / "pack", progress=interrupt)
     names = {path.name for path in (tmp_path / "pack").iterdir()}
-    assert not any(name.endswith(".partial") for name in names)
+    assert not any(name.endswith(".part") for name in names)
     assert "resident.safetensors" in names and "config.json" not in names
     with pytest.raises(CheckpointError, match=r"config\.json"):
         Checkpoint.open(tmp_path / "pack")

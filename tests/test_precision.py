@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 from engines import Logits, TestEngine, random_ids
 
-pytestmark = pytest.mark.reference
-
 
 def log_softmax(logits: Logits) -> np.ndarray:
     wide = logits.astype(np.float64)

@@ -1,17 +1,16 @@
-"""The affine quantiser is MLX's, bit for bit, and refuses what it cannot represent."""
+"""The affine quantiser is MLX's, bit for bit, and refuses what it cannot represent.
+
+MLX's is written down in tensors.py; tests/reference/test_quantize.py compares both with mlx itself.
+"""
 
 import numpy as np
 import pytest
+from tensors import Tensor, dequantize, quantize, stored
 
 from flashmoe import _native
 
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+DTYPES = ("F32", "F16", "BF16")
 FORMATS = [(bits, group) for bits in (2, 4, 8) for group in (32, 64, 128)]
-
-
-@pytest.fixture(scope="module")
-def mx():
-    return pytest.importorskip("mlx.core", reason="the reference quantiser is mlx's")
 
 
 def random_weights(group: int) -> np.ndarray:
@@ -47,39 +46,32 @@ def adversarial_weights(group: int) -> np.ndarray:
     return np.array(rows, np.float32)
 
 
-def to_numpy(mx, array) -> np.ndarray:
-    """An mlx array as numpy; bfloat16 as uint16."""
-    return np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
+def assert_same_bits(ours, theirs: list[Tensor]) -> None:
+    """As bits, so that 0 and -0 differ."""
+    for array, tensor in zip(ours, theirs, strict=True):
+        assert array.dtype == tensor.array.dtype
+        np.testing.assert_array_equal(array.view(np.uint8), tensor.array.view(np.uint8))
 
 
 @pytest.mark.parametrize("weights", [random_weights, adversarial_weights])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("bits", "group"), FORMATS)
-def test_equals_mlx_bit_for_bit(mx, weights, dtype, bits, group):
-    weight = mx.array(weights(group)).astype(getattr(mx, DTYPES[dtype]))
-    words, scales, biases = _native.quantize(to_numpy(mx, weight), dtype, bits, group)
-    expected = [to_numpy(mx, part) for part in mx.quantize(weight, group_size=group, bits=bits)]
-    np.testing.assert_array_equal(words, expected[0])
-    # Compared as bits, so that 0 and -0 differ.
-    for ours, theirs in zip((scales, biases), expected[1:], strict=True):
-        assert ours.dtype == theirs.dtype
-        np.testing.assert_array_equal(ours.view(np.uint8), theirs.view(np.uint8))
+def test_equals_mlx_bit_for_bit(weights, dtype, bits, group):
+    weight = stored(weights(group), dtype)
+    ours = _native.quantize(weight.array, dtype, bits, group)
+    assert_same_bits(ours, quantize(weight.floats(), dtype, bits, group))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("bits", "group"), FORMATS)
-def test_dequantizes_as_mlx_does_in_float32(mx, dtype, bits, group):
-    weight = mx.array(random_weights(group)).astype(getattr(mx, DTYPES[dtype]))
-    words, scales, biases = mx.quantize(weight, group_size=group, bits=bits)
-    ours = _native.dequantize(
-        *(to_numpy(mx, part) for part in (words, scales, biases)), bits, group
-    )
-    scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
-    theirs = mx.dequantize(words, scales, biases, group_size=group, bits=bits)
+def test_dequantizes_as_mlx_does_in_float32(dtype, bits, group):
+    parts = quantize(stored(random_weights(group), dtype).floats(), dtype, bits, group)
+    ours = _native.dequantize(*(part.array for part in parts), bits, group)
+    theirs = dequantize(*parts, bits, group)
     if dtype == "F32":  # the product is rounded too, unless the compiler fuses it
-        np.testing.assert_allclose(ours, np.array(theirs), rtol=1e-6, atol=1e-12)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-12)
     else:
-        np.testing.assert_array_equal(ours, np.array(theirs))
+        np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

@@ -12,7 +12,6 @@ from engines import TestEngine, random_ids
 from flashmoe.checkpoint.headers import read_header
 from flashmoe.errors import CheckpointError, ReadError, StateError
 
-pytestmark = pytest.mark.reference
 GetCheckpoint = Callable[[str], Path]
 
 

@@ -41,14 +41,19 @@ class State:
     @property
     def shared(self) -> tuple[int, int]:
         """The keys and values that forks share: what tells them from others, and their bytes."""
+    @property
+    def logits(self) -> npt.NDArray[np.float32] | None:
+        """What the latest forward() predicts: float32 [vocab], read-only; None before the first."""
     def fork(self) -> State:
         """A copy that shares keys and values until one of both writes behind the other's end.
 
         It waits for no turn; StateError where the state is in use at this moment."""
     def export(self) -> dict[str, npt.NDArray[Any]]:
         """Copies: `layers.N.keys`, `.values` [kv_heads, position, head_dim] (float32, or uint16
-        holding bfloat16), `.conv` [kernel - 1, channels], `.recurrent` [heads, Dk, Dv]."""
-    def restore(self, position: int, tensors: dict[str, npt.NDArray[Any]]) -> None: ...
+        holding bfloat16), `.conv` [kernel - 1, channels], `.recurrent` [heads, Dk, Dv]. And
+        `logits`, which is none of the forward pass's own, where there are any."""
+    def restore(self, position: int, tensors: dict[str, npt.NDArray[Any]]) -> None:
+        """What export() gave, into a fresh state. ValueError for any other shape or dtype."""
 
 class Request:
     """Who wants passes. Once a thread has cancelled it they raise StoppedError within a layer."""
@@ -90,6 +95,9 @@ class Engine:
     @property
     def backend(self) -> str: ...
     def new_state(self) -> State: ...
+    def state_layout(self, position: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """What export() of a state of so many tokens holds: dtype, as safetensors names it, and
+        shape by name."""
     @overload
     def forward(
         self,
@@ -121,19 +129,20 @@ class Engine:
     def stats(self) -> dict[str, float]:
         """reads, bytes_read, bytes_cached (of them in the page cache; -1 where the system cannot
         tell), read_seconds (summed over reads, which overlap), wait_seconds, expert_hits,
-        expert_misses, rows (passed to Forward), forward_seconds, head_seconds, resident_bytes,
-        slot_bytes, activation_bytes."""
+        expert_misses, rows (passed to Forward), forward_seconds, head_seconds, busy_seconds
+        (of all threads together), resident_bytes, slot_bytes, activation_bytes."""
     def layer_times(self) -> list[dict[str, float]]:
-        """Seconds so far in each layer's mixer (with its norm), router, wait (for experts), experts
-        (the shared one too) and combine, as the host saw them."""
+        """Seconds so far in each layer, as the host saw them: mixer, router (with the norm before
+        it), wait (for experts), experts (the shared one too) and combine (with the norm that the
+        next layer begins with)."""
     def close(self) -> None: ...
 
 def backends() -> list[str]:
     """Those of this build: "cpu", and "metal" on macOS."""
 
 def cpu_kernels() -> str:
-    """The kernels picked on this machine: "portable", "avx2", "avx512", "avx512-bf16", "neon",
-    "neon-dotprod" or "neon-i8mm"."""
+    """The kernels picked on this machine: "portable", "avx2", "avx-vnni", "avx512", "avx512-bf16",
+    "neon", "neon-dotprod" or "neon-i8mm"."""
 
 def quantize(
     weight: npt.NDArray[Any], dtype: str, bits: int, group: int
@@ -154,3 +163,6 @@ def dequantize(
     group: int,
 ) -> npt.NDArray[np.float32]:
     """word · scale + bias, computed in float32; the inverse of quantize's layout."""
+
+ops: Any
+"""A backend's operations on numpy arrays: for tests, benchmarks and `flashmoe doctor`."""

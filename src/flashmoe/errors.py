@@ -1,8 +1,27 @@
 """What flashmoe raises. A message names the file, tensor or argument, and what to do about it."""
 
+_LONGEST = 4000
+
 
 class FlashMoeError(Exception):
-    """Base of everything that flashmoe raises on purpose."""
+    """Base of everything that flashmoe raises on purpose.
+
+    A message may quote a damaged or foreign file: what a terminal would obey is shown escaped, and
+    what is endless is cut.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message, _LONGEST))
+
+
+def printable(text: object, longest: int) -> str:
+    """Text fit to be shown to a person: at most so many characters, all printable or newlines."""
+    text = str(text)
+    if len(text) > longest:
+        text = text[: longest * 3 // 4] + " [...] " + text[-longest // 4 :]
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 class ArgumentError(FlashMoeError, ValueError):
@@ -15,6 +34,10 @@ class CheckpointError(FlashMoeError):
 
 class DeviceError(FlashMoeError):
     """A GPU is absent, too small, refused a kernel or could not finish its work."""
+
+
+class OutOfMemoryError(FlashMoeError, MemoryError):
+    """The system does not grant the memory; models and states are as they were."""
 
 
 class ReadError(FlashMoeError, OSError):

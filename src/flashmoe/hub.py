@@ -1,5 +1,6 @@
 """The Hugging Face hub: all that is HTTP. It knows files and headers, not what they mean."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -85,7 +86,7 @@ def cache_place() -> Path:
     from huggingface_hub.constants import HF_HUB_CACHE  # noqa: PLC0415
 
     place = Path(HF_HUB_CACHE)
-    while not place.exists():
+    while not os.path.exists(place):  # unlike Path's, never an exception
         place = place.parent
     return place
 

@@ -1,6 +1,7 @@
 // ThreadPool: every task runs once, on a thread of its own at a time; exceptions come back.
 #include "core/thread_pool.h"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdio>
@@ -61,6 +62,40 @@ void threads_that_are_done_help_the_others() {
   }
 }
 
+void few_tasks_take_few_threads() {
+  ThreadPool pool(4);
+  for (int loop = 0; loop < 300; ++loop) {
+    std::atomic<int> begun = 0;
+    pool.parallel_for(2, [&](int, int thread) {
+      expect(thread < 2, "a loop of two tasks leaves the other threads alone");
+      ++begun;
+      while (begun < 2) std::this_thread::yield();  // so that two threads are needed
+    });
+  }
+}
+
+// Thread 1 needs four times as long, so that its share should shrink from a half to a fifth.
+void a_faster_core_has_a_larger_share() {
+  constexpr int kTasks = 64;
+  ThreadPool pool(2);
+  std::vector<int> firsts;  // the tasks that thread 1 began with: where its share begins
+  for (int loop = 0; loop < 150; ++loop) {
+    std::atomic<int> first = -1;
+    pool.parallel_for(
+        kTasks,
+        [&](int task, int thread) {
+          int none = -1;
+          if (thread == 1) first.compare_exchange_strong(none, task);
+          std::this_thread::sleep_for(std::chrono::microseconds(thread == 1 ? 800 : 200));
+        },
+        ThreadPool::Tasks::kAlike);
+    firsts.push_back(first);
+  }
+  expect(firsts.front() <= kTasks / 2, "shares are equal at first");
+  std::sort(firsts.end() - 20, firsts.end());
+  expect(firsts[firsts.size() - 10] >= kTasks * 5 / 8, "shares follow the cores' speeds");
+}
+
 void workers_that_slept_come_back() {
   ThreadPool pool(3);
   for (int i = 0; i < 20; ++i) {
@@ -119,6 +154,8 @@ void pools_come_and_go() {
 int main() {
   every_task_runs_once();
   threads_that_are_done_help_the_others();
+  few_tasks_take_few_threads();
+  a_faster_core_has_a_larger_share();
   workers_that_slept_come_back();
   pools_do_not_disturb_each_other();
   the_first_exception_comes_back_and_the_pool_goes_on();

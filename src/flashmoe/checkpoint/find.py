@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from flashmoe.errors import CheckpointError
+from flashmoe.machine.files import is_there, to_path
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -17,6 +18,7 @@ def find_local(source: str | os.PathLike[str]) -> Path | None:
     """
     if source == "demo":
         return demo_directory()
+    to_path(source)
     name = os.fspath(source)
     try:
         path = Path(name).expanduser()
@@ -36,7 +38,7 @@ def find_local(source: str | os.PathLike[str]) -> Path | None:
 def demo_directory() -> Path:
     """The demo's checkpoint; CheckpointError where the installed package does not hold it."""
     directory = Path(__file__).parents[1] / "demo_model"
-    if not (directory / "config.json").is_file():
+    if not is_there(directory / "config.json"):
         raise CheckpointError(
             f"{directory}: the demo model is not in this installation of flashmoe; "
             "install it again with 'pip install --force-reinstall flashmoe'"

@@ -11,10 +11,11 @@ import struct
 from collections.abc import Iterable, Mapping
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
-from flashmoe.checkpoint.json import parse_object, regular_file_size
+from flashmoe.checkpoint.json import parse_object
 from flashmoe.errors import CheckpointError
+from flashmoe.machine.files import regular_file_size
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library, which refuses longer headers."""
@@ -66,39 +67,31 @@ def read_header(path: Path) -> dict[str, Tensor]:
         CheckpointError: the file is missing, truncated or breaks the format; the message names it,
             and the tensor where there is one.
     """
-    entries, _, start, size = _read_entries(path)
-    tensors = _parse_entries(path, entries, start)
-    _check_cover(path, tensors, start, size)
-    return {tensor.name: tensor for tensor in tensors}
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """What a file says of itself under `__metadata__`. Raises as `read_header`."""
-    return _read_entries(path)[1]
-
-
-def _read_entries(path: Path) -> tuple[dict[str, Any], dict[str, str], int, int]:
-    """The header's tensors and metadata, the byte where data begins, and the file's size."""
-    size = regular_file_size(path)
     try:
+        size = regular_file_size(path)
         with path.open("rb") as file:
-            prefix = file.read(8)
-            if len(prefix) < 8:
-                raise CheckpointError(f"{path}: {size} bytes; a safetensors file has at least 8")
-            (length,) = struct.unpack("<Q", prefix)
-            if length > MAX_HEADER_BYTES:
-                raise CheckpointError(
-                    f"{path}: claims a header of {length} bytes; at most {MAX_HEADER_BYTES} are"
-                    " allowed: not a safetensors file, or damaged"
-                )
-            if 8 + length > size:
-                raise CheckpointError(
-                    f"{path}: claims a header of {length} bytes in a file of {size}:"
-                    " truncated or damaged; download it again"
-                )
-            text = file.read(length)
+            return read_open(file, path, size)[0]
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def read_open(file: BinaryIO, path: Path, size: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Likewise of an open file of `size` bytes; also what it says of itself, its `__metadata__`."""
+    prefix = file.read(8)
+    if len(prefix) < 8:
+        raise CheckpointError(f"{path}: {size} bytes; a safetensors file has at least 8")
+    (length,) = struct.unpack("<Q", prefix)
+    if length > MAX_HEADER_BYTES:
+        raise CheckpointError(
+            f"{path}: claims a header of {length} bytes; at most {MAX_HEADER_BYTES} are allowed:"
+            " not a safetensors file, or damaged"
+        )
+    if 8 + length > size:
+        raise CheckpointError(
+            f"{path}: claims a header of {length} bytes in a file of {size}:"
+            " truncated or damaged; download it again"
+        )
+    text = file.read(length)
     if len(text) < length:
         raise CheckpointError(f"{path}: the header ends after {len(text)} of {length} bytes")
 
@@ -106,7 +99,9 @@ def _read_entries(path: Path) -> tuple[dict[str, Any], dict[str, str], int, int]
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError(f"{path}: __metadata__ is not an object of strings")
-    return entries, metadata, 8 + length, size
+    tensors = _parse_entries(path, entries, 8 + length)
+    _check_cover(path, tensors, 8 + length, size)
+    return {tensor.name: tensor for tensor in tensors}, metadata
 
 
 def _parse_entries(path: Path, entries: dict[str, Any], start: int) -> list[Tensor]:

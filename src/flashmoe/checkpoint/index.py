@@ -6,6 +6,7 @@ from pathlib import Path
 from flashmoe.checkpoint.headers import Tensor, is_tensor_name, read_header
 from flashmoe.checkpoint.json import read_json
 from flashmoe.errors import CheckpointError
+from flashmoe.machine.files import is_there, names_in
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -60,7 +61,7 @@ class Index:
         tensors: dict[str, Tensor] = {}
         for file, names in sorted(self.names.items()):
             path = self.path.with_name(file)
-            if not path.exists():
+            if not is_there(path):
                 raise CheckpointError(
                     f"{path}: no such file, but {INDEX} says that it holds {listed(names)};"
                     " is the download complete?"
@@ -79,10 +80,11 @@ class Index:
 
 
 def _weights_file(directory: Path) -> Path:
-    for path in (directory / INDEX, directory / SINGLE):
-        if path.is_symlink() or path.exists():
-            return path
-    present = sorted(path.name for path in directory.glob("*.*"))
+    present = names_in(directory)
+    for name in (INDEX, SINGLE):
+        if name in present:
+            return directory / name
+    present = [name for name in present if "." in name]
     raise CheckpointError(
         f"{directory}: neither {SINGLE} nor {INDEX} is here;"
         f" found {', '.join(present[:8]) or 'nothing'}. Is the download complete?"

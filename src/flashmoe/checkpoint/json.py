@@ -2,47 +2,21 @@
 
 import json
 import math
-import os
-import stat
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from flashmoe.errors import CheckpointError
-
-
-def regular_file_size(path: Path) -> int:
-    """Size in bytes of a regular file; a symbolic link is followed, as hub caches consist of them.
-
-    Raises:
-        CheckpointError: nothing is there, or something that reading could hang on (a FIFO, a
-            device, a directory, a loop of links).
-    """
-    try:
-        status = os.stat(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; is the download complete?") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be opened: {error}") from None
-    if not stat.S_ISREG(status.st_mode):
-        raise CheckpointError(f"{path}: not a regular file")
-    return status.st_size
+from flashmoe.machine.files import read_file
 
 
 def read_json(path: Path, limit: int = 64 << 20) -> dict[str, Any]:
     """The JSON object that a file of at most `limit` bytes holds.
 
     Raises:
-        CheckpointError: see regular_file_size and parse_object.
+        CheckpointError: see read_file and parse_object.
     """
-    size = regular_file_size(path)
-    if size > limit:
-        raise CheckpointError(f"{path}: {size} bytes; at most {limit} are believable here")
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from None
-    return parse_object(data, str(path))
+    return parse_object(read_file(path, limit), str(path))
 
 
 def parse_object(data: bytes, where: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from flashmoe.checkpoint.json import read_json
+from flashmoe.machine.files import is_there
 
 
 class Metadata:
@@ -31,4 +32,4 @@ class Metadata:
 
     def _optional(self, name: str) -> dict[str, Any]:
         path = self.directory / name
-        return read_json(path) if path.exists() else {}
+        return read_json(path) if is_there(path) else {}

@@ -1,9 +1,6 @@
 """A checkpoint, opened once: its configuration, where every weight lies, and how it reads text."""
 
-import dataclasses
 import gc
-import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +12,7 @@ from typing import TYPE_CHECKING
 from flashmoe import hub
 from flashmoe.checkpoint.config import ModelConfig
 from flashmoe.checkpoint.find import find_local
+from flashmoe.checkpoint.fingerprint import fingerprint
 from flashmoe.checkpoint.headers import Tensor
 from flashmoe.checkpoint.index import INDEX, SINGLE, Index, is_skipped
 from flashmoe.checkpoint.metadata import Metadata
@@ -23,6 +21,7 @@ from flashmoe.checkpoint.template import ChatTemplate
 from flashmoe.checkpoint.tokenizer import Tokenizer
 from flashmoe.checkpoint.weights import WeightFinder
 from flashmoe.errors import CheckpointError
+from flashmoe.machine.files import is_there, names_in, regular_file_size
 
 if TYPE_CHECKING:
     from flashmoe import _native
@@ -81,7 +80,7 @@ class Checkpoint:
         directory = hub.download(name, _METADATA_FILES)
         metadata = Metadata(directory)
         config = ModelConfig.of(metadata)
-        index = Index(directory) if (directory / INDEX).exists() else None
+        index = Index(directory) if is_there(directory / INDEX) else None
         # The weights must be of the commit that the metadata is of.
         hub.download(name, index.files if index else [SINGLE], commit=directory.name)
         return _open_directory(name, metadata, config, index)
@@ -138,12 +137,23 @@ class Checkpoint:
     @property
     def has_tokenizer(self) -> bool:
         """Whether there is a tokenizer; a checkpoint without one runs on ids."""
-        return (self.directory / "tokenizer.json").exists()
+        return is_there(self.directory / "tokenizer.json")
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """Its tokenizer; CheckpointError where there is none, or a damaged one."""
         return Tokenizer.load(self.directory)
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """The ids of a text, each of which the model has; `special` as `Tokenizer.encode`'s."""
+        ids = self.tokenizer.encode(text, special=special)
+        if ids and max(ids) >= self.config.vocab_size:
+            raise CheckpointError(
+                f"{self.directory / 'tokenizer.json'}: gives token id {max(ids)}, and the model's "
+                f"vocabulary is {self.config.vocab_size}; the two are not of one model: download "
+                "both again"
+            )
+        return ids
 
     @cached_property
     def template(self) -> ChatTemplate | None:
@@ -157,15 +167,8 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Tells models apart, fine-tunes of one architecture too: its config and final norm."""
-        digest = hashlib.sha256()
-        config = dataclasses.asdict(self.config)
-        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-        for file, offset, length in self.vectors["norm"].extents.tolist():
-            with Path(self.files[file]).open("rb") as f:
-                f.seek(offset)
-                digest.update(f.read(length))
-        return digest.hexdigest()[:32]
+        """What tells its weights from another model's; see checkpoint/fingerprint.py."""
+        return fingerprint(self)
 
     def native(self) -> "_native.Checkpoint":
         """The table of spans for the native core."""
@@ -196,7 +199,7 @@ def _open_directory(
     index: Index | None = None,
 ) -> Checkpoint:
     directory = metadata.directory
-    if (directory / JOB).exists() and not (directory / "config.json").exists():
+    if is_there(directory / JOB) and not is_there(directory / "config.json"):
         raise CheckpointError(
             f"{directory}: an unfinished pack: config.json is missing; run the same"
             " 'flashmoe pack' again to finish it"
@@ -205,7 +208,11 @@ def _open_directory(
         config = config or ModelConfig.of(metadata)
         index = index or Index(directory)
         tensors = index.tensors()
-        disk_bytes = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+        disk_bytes = sum(
+            regular_file_size(directory / name)
+            for name in names_in(directory)
+            if name.endswith(".safetensors")
+        )
         return Checkpoint.of_tensors(source, metadata, config, tensors, index.path, disk_bytes)
 
 

@@ -1,13 +1,8 @@
-"""A conversation as a prompt: the checkpoint's own chat template, rendered as transformers does.
-
-The one place that touches jinja2.
-"""
+"""A conversation as a prompt: the checkpoint's own chat template, rendered as transformers does."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from datetime import datetime
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +10,19 @@ from typing import TYPE_CHECKING, Any
 from flashmoe.checkpoint.json import read_json
 from flashmoe.checkpoint.metadata import Metadata
 from flashmoe.errors import ArgumentError, CheckpointError
+from flashmoe.machine.files import is_there, read_file
 
 if TYPE_CHECKING:
-    from jinja2 import Template
+    from flashmoe.checkpoint.jinja import Template
 
 Message = Mapping[str, Any]
 """A turn: `role`, `content`, and what the template knows besides (`tool_calls`, …)."""
+
+
+_LARGEST = 4 << 20  # bytes of a chat_template.jinja
+_NOT_TURNS = (
+    'messages must be a list of turns such as {{"role": "user", "content": "Hello"}}; got {!r}'
+)
 
 
 class ChatTemplate:
@@ -48,13 +50,13 @@ class ChatTemplate:
             if isinstance(value, str):
                 tokens[name] = value
         path = directory / "chat_template.jinja"
-        if path.is_file():
+        if is_there(path):
             try:
-                return cls(path.read_text(encoding="utf-8"), path, tokens)
-            except (OSError, UnicodeDecodeError) as error:
-                raise CheckpointError(f"{path}: cannot be read: {error}") from error
+                return cls(read_file(path, _LARGEST).decode("utf-8"), path, tokens)
+            except UnicodeDecodeError as error:
+                raise CheckpointError(f"{path}: not UTF-8: {error}") from error
         path, text = directory / "tokenizer_config.json", config.get("chat_template")
-        if text is None and (other := directory / "chat_template.json").is_file():
+        if text is None and is_there(other := directory / "chat_template.json"):
             path, text = other, read_json(other).get("chat_template")
         if isinstance(text, list):
             try:
@@ -83,67 +85,44 @@ class ChatTemplate:
             variables: the template's own, such as `enable_thinking=False`.
         Raises:
             ArgumentError: messages are not turns, or the template refuses them.
-            CheckpointError: the template is not valid Jinja.
+            CheckpointError: the template is not valid Jinja, or computes without end.
         """
-        if isinstance(messages, (str, bytes, Mapping)) or not all(
-            isinstance(m, Mapping) for m in messages
-        ):
-            raise ArgumentError(
-                'messages must be a list of turns such as {"role": "user", "content": "Hello"}; '
-                f"got {messages!r}"
-            )
+        if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
+            raise ArgumentError(_NOT_TURNS.format(messages))
+        messages = list(messages)
+        if not all(isinstance(message, Mapping) for message in messages):
+            raise ArgumentError(_NOT_TURNS.format(messages))
+        from flashmoe.checkpoint.jinja import TemplateError  # noqa: PLC0415
+
         template = self._compiled
         # A key whose value is None means the same as an absent one; templates know only the latter.
         turns = [{k: v for k, v in m.items() if v is not None} for m in messages]
         try:
             return template.render(
-                messages=turns,
-                tools=None if tools is None else list(tools),
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **{**self._tokens, **variables},
+                {
+                    **self._tokens,
+                    **variables,
+                    "messages": turns,
+                    "tools": None if tools is None else list(tools),
+                    "documents": None,
+                    "add_generation_prompt": add_generation_prompt,
+                }
             )
-        except Exception as error:  # a template may compute with what is no text
-            raise ArgumentError(f"{self.path}: the chat template refuses this: {error}") from error
+        except TemplateError as failure:
+            if failure.too_much:
+                raise CheckpointError(
+                    f"{self.path}: the chat template does too much: {failure}"
+                ) from failure
+            raise ArgumentError(
+                f"{self.path}: the chat template refuses this: {failure}"
+            ) from failure
 
     @cached_property
     def _compiled(self) -> Template:
-        import jinja2  # noqa: PLC0415
-        import jinja2.ext  # noqa: PLC0415
-        from jinja2.sandbox import ImmutableSandboxedEnvironment  # noqa: PLC0415
+        from flashmoe.checkpoint.jinja import Template, TemplateError  # noqa: PLC0415
 
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-        )
-        environment.filters["tojson"] = _tojson
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
         try:
-            return environment.from_string(self.text)
-        except jinja2.TemplateError as error:
-            raise CheckpointError(
-                f"{self.path}: the chat template is not valid Jinja: {error}"
-            ) from error
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # Jinja's own filter escapes HTML, which a model never saw in training.
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
-
-
-def _raise_exception(message: str) -> None:
-    import jinja2  # noqa: PLC0415
-
-    raise jinja2.TemplateError(message)
+            return Template(self.text)
+        except TemplateError as failure:
+            what = "does too much" if failure.too_much else "is not valid Jinja"
+            raise CheckpointError(f"{self.path}: the chat template {what}: {failure}") from failure

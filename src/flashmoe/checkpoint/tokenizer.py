@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from flashmoe.errors import ArgumentError, CheckpointError
+from flashmoe.errors import ArgumentError, CheckpointError, FlashMoeError
+from flashmoe.machine.files import is_there, regular_file_size
 
 if TYPE_CHECKING:
     import tokenizers
+
+_LARGEST = 512 << 20
+"""Bytes of a tokenizer.json; that of Qwen3.5 has 20 million."""
+_GROWTH = 1000
+"""Times that a tokenizer's own replacements may lengthen a text."""
 
 
 class Tokenizer:
@@ -20,10 +28,16 @@ class Tokenizer:
         special: ids of the special tokens, which give no text.
     """
 
-    def __init__(self, library: tokenizers.Tokenizer) -> None:
+    def __init__(self, library: tokenizers.Tokenizer, path: Path | None = None) -> None:
         self.library = library
-        added = library.get_added_tokens_decoder()
-        self.special = frozenset(i for i, token in added.items() if token.special)
+        self._path = path or Path("tokenizer.json")
+        with _explained(self._path):
+            # A prompt is neither cut nor filled up, whatever the file was last used for.
+            library.no_truncation()
+            library.no_padding()
+            _check_growth(library, self._path)
+            added = library.get_added_tokens_decoder()
+            self.special = frozenset(i for i, token in added.items() if token.special)
 
     @classmethod
     def load(cls, directory: Path) -> Tokenizer:
@@ -36,22 +50,22 @@ class Tokenizer:
         from tokenizers import decoders  # noqa: PLC0415
 
         path = directory / "tokenizer.json"
-        if not path.is_file():
+        if not is_there(path):
             raise CheckpointError(
                 f"{path}: no such file; copy tokenizer.json from the model's page, or download it"
                 " again"
             )
-        try:
+        if (size := regular_file_size(path)) > _LARGEST:
+            raise CheckpointError(f"{path}: {size} bytes; at most {_LARGEST} are believable here")
+        with _explained(path):
             library = Library.from_file(str(path))
-        except Exception as error:  # the Rust library raises plain Exception
-            raise CheckpointError(f"{path}: not a tokenizer: {error}; download it again") from error
-        if not isinstance(library.decoder, decoders.ByteLevel):
-            kind = type(library.decoder).__name__
+            decoder = library.decoder
+        if not isinstance(decoder, decoders.ByteLevel):
             raise CheckpointError(
-                f"{path}: its decoder is {kind}; flashmoe reads byte-level tokenizers (ByteLevel)"
-                " only"
+                f"{path}: its decoder is {type(decoder).__name__}; flashmoe reads byte-level"
+                " tokenizers (ByteLevel) only"
             )
-        return cls(library)
+        return cls(library, path)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """The text's ids, with the tokens that the tokenizer puts around a text if `special`."""
@@ -64,15 +78,15 @@ class Tokenizer:
 
     def _encode(self, text: str, special: bool) -> tokenizers.Encoding:
         try:
-            return self.library.encode(text, add_special_tokens=special)
-        except TypeError:
-            at = next((i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff"), None)
-            if at is None:
-                raise
+            text.encode()
+        except UnicodeEncodeError as error:
             raise ArgumentError(
-                f"the prompt is not valid Unicode: character {at} is {text[at]!r}, half of a "
-                "surrogate pair; was it decoded from bytes that are not UTF-8?"
+                f"the prompt is not valid Unicode: character {error.start} is "
+                f"{text[error.start]!r}, half of a surrogate pair; was it decoded from bytes that "
+                "are not UTF-8?"
             ) from None
+        with _explained(self._path):
+            return self.library.encode(text, add_special_tokens=special)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens as they are written."""
@@ -86,4 +100,50 @@ class Tokenizer:
         """The vocabulary's entry for an id, in the byte alphabet; "" for special ones and none."""
         if token in self.special:
             return ""
-        return self.library.id_to_token(token) or ""
+        with _explained(self._path):
+            return self.library.id_to_token(token) or ""
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turns whatever the library raises into a CheckpointError that names the file.
+
+    Where its Rust panics that is a PanicException, which is a BaseException only.
+    """
+    try:
+        yield
+    except (FlashMoeError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise CheckpointError(
+            f"{path}: the tokenizer is damaged, or not one that can be used here:"
+            f" {type(error).__name__}: {error}; download it again"
+        ) from error
+
+
+def _check_growth(library: tokenizers.Tokenizer, path: Path) -> None:
+    """Refuses normalizers that make a text so much longer that memory ends."""
+    if library.normalizer is not None:
+        growth = _growth(json.loads(library.normalizer.__getstate__()))
+        if growth > _GROWTH:
+            raise CheckpointError(
+                f"{path}: its normalizer may lengthen a text {growth:.0e} times; at most {_GROWTH}"
+                " are believable"
+            )
+
+
+def _growth(normalizer: Any) -> float:
+    """Times that a normalizer may lengthen a text of one character, at most."""
+    if not isinstance(normalizer, dict):
+        return 1
+    if normalizer.get("type") == "Sequence":
+        total = 1.0
+        for part in normalizer.get("normalizers", ()):
+            total *= _growth(part)
+        return total
+    if normalizer.get("type") == "Replace":
+        # A pattern may match every character, and the gaps between them.
+        return 1 + len(normalizer.get("content", ""))
+    if normalizer.get("type") == "Prepend":
+        return 1 + len(normalizer.get("prepend", ""))
+    return 1

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flashmoe.generate.stats import Stats
-    from flashmoe.measure.info import Info
 
 
 def size(nbytes: float) -> str:
@@ -34,48 +33,6 @@ def stats_line(stats: Stats) -> str:
     parts.append(f"{stats.experts_per_token} experts per token")
     parts.append(f"{stats.precision} on {stats.threads} x {stats.kernels}")
     return " | ".join(parts)
-
-
-def info_lines(info: Info) -> list[str]:
-    """What `flashmoe info` shows."""
-    s, f = info.summary, info.fit
-    lines = [
-        f"{s.source}: {s.model_type}",
-        f"  layers         {s.layers}, {s.attention_layers} of them full attention, "
-        f"the others GatedDeltaNet; hidden size {s.hidden_size}",
-        f"  experts        {s.num_experts} a layer, {size(s.expert)} each; {s.experts_per_token} "
-        f"per token (the model's own: {s.own_experts_per_token}) and a shared one",
-        f"  vocabulary     {s.vocab_size}",
-        f"  context        {s.context} tokens",
-        f"  parameters     {s.parameters:,}, of which {s.active_parameters:,} compute a token",
-        "",
-    ]
-    width = max(len(role.name) for role in s.roles)
-    for role in s.roles:
-        formats = "; ".join(role.formats)
-        lines.append(
-            f"  {role.name:{width}}  {role.parameters:>17,}  {size(role.nbytes):>8}  {formats}"
-        )
-    missing = [] if f.fits_memory else ["memory"]
-    missing += [] if f.fits_disk else ["disk"]
-    verdict = "fits this machine" if not missing else f"too little {' and '.join(missing)} here"
-    disk = "lies here" if f.present else f"{size(f.disk_free)} free"
-    lines += [
-        "",
-        f"  on disk        {size(s.disk)}; {disk}",
-        f"  resident       {size(s.resident)} of memory; {size(f.memory_available)} available "
-        f"of {size(f.memory)}",
-        f"  a sequence     {size(s.state_fixed)}, and {size(s.state_per_token)} a token",
-        f"  read a token   {size(s.read_per_token)} of experts, less what is cached: "
-        f"memory has room for {f.cached_share:.0%} of them",
-        "",
-        f"  {verdict}",
-        f"  about {f.tokens_per_second:.2g} tok/s, if all experts are equally likely and computing "
-        "costs nothing,",
-        f"  at {f.disk_rate / 1e9:.1f} GB/s from disk ({f.disk_rate_basis}) and "
-        f"{f.memory_rate / 1e9:.1f} GB/s from memory ({f.memory_rate_basis})",
-    ]
-    return lines
 
 
 def bench_lines(result: dict[str, Any]) -> list[str]:
@@ -143,6 +100,11 @@ def _decode_lines(decode: dict[str, Any]) -> list[str]:
         f"{rate / decode['memory_rate']:.0%} of the {decode['memory_rate'] / 1e9:.1f} GB/s that "
         "memory gives"
     )
+    if decode["busy"] > 0:
+        lines.append(
+            f"  threads computing  {decode['prompt_busy']:.0%} of the prompt's time, "
+            f"{decode['busy']:.0%} of decode's"
+        )
     if decode["bytes_read"] > 0 and decode["disk_rate"]:
         rate = decode["bytes_read"] / decode["seconds"]
         lines.append(

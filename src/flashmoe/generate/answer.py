@@ -95,6 +95,23 @@ class Answer:
     cached_tokens: int = 0
     generated_tokens: int = 0
 
+    @property
+    def message(self) -> dict[str, Any]:
+        """The answer as a turn, to go on with the conversation."""
+        message: dict[str, Any] = {"role": "assistant", "content": self.text}
+        if self.reasoning:
+            message["reasoning_content"] = self.reasoning
+        if self.tool_calls:
+            message["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": call.arguments},
+                }
+                for call in self.tool_calls
+            ]
+        return message
+
     @classmethod
     def of(
         cls,

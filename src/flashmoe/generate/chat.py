@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from flashmoe.errors import OutOfMemoryError
 from flashmoe.generate.answer import Answer, Delta
 from flashmoe.generate.constraint import Constraint
 from flashmoe.generate.conversations import Conversations, Snapshot
 from flashmoe.generate.engine import Engine
 from flashmoe.generate.parse import AnswerParser
-from flashmoe.generate.processors import Floats
 from flashmoe.generate.prompt import Prompt, Prompts
 from flashmoe.generate.state import State
 from flashmoe.generate.stats import Meter
@@ -27,6 +28,7 @@ class Turn:
     """One answer to a conversation: where its state comes from, and what is kept of it.
 
     Args:
+        constraint: what the answer is held to, if anything.
         given: a state that is to hold the conversation in the end, if any.
         new_meter: makes what counts a request.
     """
@@ -37,6 +39,7 @@ class Turn:
         conversations: Conversations,
         prompts: Prompts,
         prompt: Prompt,
+        constraint: Constraint | None,
         given: State | None,
         new_meter: Callable[[], Meter],
     ) -> None:
@@ -44,53 +47,57 @@ class Turn:
         self._engine = engine
         self._conversations = conversations
         self._prompts = prompts
+        self._constraint = constraint
         self._given = given
         self._new_meter = new_meter
         self._found: Snapshot | None = None
         self._meter: Meter | None = None
         self._drawn: list[int] = []
+        self._answer: Answer | None = None
 
     def state(self) -> State:
         """The state to compute with: the caller's, or one that begins where a snapshot is."""
         self._found = self._conversations.longest(self.prompt.ids)
         return self._given or State(self._engine, self._begun(), [])
 
-    def begin(self, state: State) -> Floats | None:
-        """Makes the state hold the prompt; the logits that follow it if all is computed."""
+    def begin(self, state: State) -> None:
+        """Makes the state hold the prompt."""
         ids, found = self.prompt.ids, self._found
         if state is self._given:
             held = state._native.position
-            of_this = held < len(ids) and state._tokens[:held] == ids[:held]
-            if of_this and held >= (found.position if found else 0):
-                found = None
-            else:
+            of_this = held <= len(ids) and state._tokens[:held] == ids[:held]
+            if not of_this or held < (found.position if found else 0):
                 state._native = self._begun()
         state._tokens = list(ids)
-        return found.logits if found and found.position == len(ids) else None
 
     def meter(self) -> Meter:
         self._meter = self._new_meter()
         return self._meter
 
-    def mark(self, state: State, logits: Floats) -> None:
+    def mark(self, state: State) -> None:
         """Keeps a snapshot of the prompt so far."""
-        whole = state._native.position == len(self.prompt.ids)
-        self._keep(state._native.fork(), self.prompt.ids, logits if whole else None)
+        self._keep(state, shared=True)
 
     def end(self, state: State) -> None:
         """Keeps what was computed, however it ended."""
         self._drawn = state._tokens[len(self.prompt.ids) :]
-        shared = state is self._given
-        self._keep(state._native.fork() if shared else state._native, state._tokens, None)
+        self._keep(state, shared=state is self._given)
 
-    def answer(self, deltas: Iterable[Delta], hurried: bool) -> Answer:
-        """The complete answer, which is remembered for later turns."""
+    def _keep(self, state: State, *, shared: bool) -> None:
+        with contextlib.suppress(OutOfMemoryError):  # the answer needs no snapshot
+            native = state._native.fork() if shared else state._native
+            self._conversations.keep(native, state._tokens, self.prompt.places)
+
+    def answer(self, deltas: Iterable[Delta]) -> Answer:
+        """The answer when it has ended, which is remembered for later turns."""
+        if self._answer is not None:
+            return self._answer
         meter = self._meter
         reason = meter.finish_reason if meter else None
         answer = Answer.of(
             deltas,
             _REASONS.get(reason, reason or "cancelled"),
-            hurried=hurried,
+            hurried=self._constraint is not None and self._constraint.hurried,
             prompt_tokens=len(self.prompt.ids),
             cached_tokens=meter.cached_tokens if meter else 0,
             generated_tokens=meter.generated_tokens if meter else 0,
@@ -98,13 +105,11 @@ class Turn:
         if reason is not None:
             drawn = self._drawn[:-1] if reason == "eos" else self._drawn
             self._prompts.remember(self.prompt, drawn, answer)
+        self._answer = answer
         return answer
 
     def _begun(self) -> _native.State:
         return self._found.fork() if self._found else self._engine.native.new_state()
-
-    def _keep(self, native: _native.State, ids: Sequence[int], logits: Floats | None) -> None:
-        self._conversations.keep(native, ids, logits, self.prompt.places)
 
 
 class Chat(Iterator[Delta]):
@@ -113,24 +118,18 @@ class Chat(Iterator[Delta]):
     Leaving the loop stops the work, if nothing else holds the Chat; `close()` does so at once.
     """
 
-    def __init__(
-        self, turn: Turn, tokens: Tokens, parser: AnswerParser, constraint: Constraint | None
-    ) -> None:
+    def __init__(self, turn: Turn, tokens: Tokens, parser: AnswerParser) -> None:
         self._turn = turn
-        self._constraint = constraint
         self._tokens = tokens
-        self._parser = parser
         self._deltas: list[Delta] = []
-        self._pieces = self._stream()
-        self._answer: Answer | None = None
+        # Which knows nothing of this object: it ends with the last reference to it.
+        self._pieces = _pieces(turn, tokens, parser, self._deltas)
 
     def __iter__(self) -> Chat:
         return self
 
     def __next__(self) -> Delta:
-        delta = next(self._pieces)
-        self._deltas.append(delta)
-        return delta
+        return next(self._pieces)
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -142,7 +141,7 @@ class Chat(Iterator[Delta]):
         """The complete answer; what is missing is computed first."""
         for _ in self:
             pass
-        return self._whole()
+        return self._turn.answer(self._deltas)
 
     def cancel(self) -> None:
         """Ends the answer within a layer of the pass that runs. May be called by any thread."""
@@ -158,26 +157,28 @@ class Chat(Iterator[Delta]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _stream(self) -> Generator[Delta, None, None]:
-        try:
-            for token in self._tokens:
-                deltas = self._parser.push(token.text) or [self._nothing()]
-                yield dataclasses.replace(deltas[0], token=token)
-                yield from deltas[1:]
-            yield from self._parser.finish()
-        finally:
-            self._tokens.close()
-            self._whole()
 
-    def _nothing(self) -> Delta:
-        """For a token with which nothing became final."""
-        if self._deltas:
-            return dataclasses.replace(self._deltas[-1], text="", id=None, name=None)
-        return Delta("text", "")
+def _pieces(
+    turn: Turn, tokens: Tokens, parser: AnswerParser, deltas: list[Delta]
+) -> Generator[Delta, None, None]:
+    """The pieces of an answer, which are also put into `deltas`."""
+    try:
+        for token in tokens:
+            found = parser.push(token.text) or [_nothing(deltas)]
+            found[0] = dataclasses.replace(found[0], token=token)
+            for delta in found:
+                deltas.append(delta)
+                yield delta
+        for delta in parser.finish():
+            deltas.append(delta)
+            yield delta
+    finally:
+        tokens.close()
+        turn.answer(deltas)
 
-    def _whole(self) -> Answer:
-        if self._answer is None:
-            self._answer = self._turn.answer(
-                self._deltas, self._constraint is not None and self._constraint.hurried
-            )
-        return self._answer
+
+def _nothing(deltas: list[Delta]) -> Delta:
+    """For a token with which nothing became final."""
+    if deltas:
+        return dataclasses.replace(deltas[-1], text="", id=None, name=None)
+    return Delta("text", "")

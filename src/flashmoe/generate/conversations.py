@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flashmoe.generate.processors import Floats
-
 if TYPE_CHECKING:
     from flashmoe import _native
 
@@ -29,13 +27,11 @@ class Snapshot:
     Attributes:
         native: the state.
         ids: that it has taken in, int32 as bytes.
-        logits: those that follow, where it was taken at the end of a prompt.
         used: when it was last of use; the larger the later.
     """
 
     native: _native.State
     ids: bytes
-    logits: Floats | None
     used: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -51,8 +47,9 @@ class Snapshot:
     @property
     def own_bytes(self) -> int:
         """Without the keys and values that it may share."""
-        logits = 0 if self.logits is None else self.logits.nbytes
-        return self.native.nbytes - self.native.shared[1] + len(self.ids) + logits
+        logits = self.native.logits
+        rest = len(self.ids) + (0 if logits is None else logits.nbytes)
+        return self.native.nbytes - self.native.shared[1] + rest
 
 
 class Conversations:
@@ -64,7 +61,9 @@ class Conversations:
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
-        self._lock = threading.Lock()
+        # A call may be made in the middle of another one of its thread, by the garbage collector
+        # when it ends an answer that nobody reads: what is iterated over is copied first.
+        self._lock = threading.RLock()
         self._by_ids: dict[bytes, Snapshot] = {}
         self._clock = 0
 
@@ -78,17 +77,10 @@ class Conversations:
             return self._bytes()
 
     def longest(self, ids: Sequence[int]) -> Snapshot | None:
-        """The snapshot that holds the most of these ids from their beginning.
-
-        It holds all of them only where it also has the logits that follow.
-        """
+        """The snapshot that holds the most of these ids from their beginning."""
         wanted = _key(ids)
         with self._lock:
-            found = [
-                s
-                for s in self._by_ids.values()
-                if wanted.startswith(s.ids) and (len(s.ids) < len(wanted) or s.logits is not None)
-            ]
+            found = [s for s in self._all() if wanted.startswith(s.ids)]
             if not found:
                 return None
             best = max(found, key=lambda s: len(s.ids))
@@ -99,7 +91,6 @@ class Conversations:
         self,
         native: _native.State,
         ids: Sequence[int],
-        logits: Floats | None = None,
         places: Collection[int] = (),
     ) -> None:
         """Keeps a state from now on nobody else's, and lets go what it makes superfluous.
@@ -113,20 +104,18 @@ class Conversations:
             return
         key = _key(ids[: native.position])
         with self._lock:
-            before = self._by_ids.get(key)
-            if before is not None:
-                before.logits = before.logits if logits is None else logits
-            snapshot = before or Snapshot(native, key, logits)
-            self._by_ids[key] = snapshot
-            lineage = [s for s in self._by_ids.values() if key.startswith(s.ids)]
+            snapshot = self._by_ids.setdefault(key, Snapshot(native, key))
+            lineage = [s for s in self._all() if key.startswith(s.ids)]
             likely = [s for s in lineage if s.position in places]
             others = sorted((s for s in lineage if s not in likely), key=lambda s: len(s.ids))
             for s in others[:-_RECENT]:
-                del self._by_ids[s.ids]
+                self._by_ids.pop(s.ids, None)
             for s in (*likely, snapshot):
                 self._touch(s)
-            while self._by_ids and self._bytes() > self.budget:
-                del self._by_ids[min(self._by_ids.values(), key=lambda s: s.used).ids]
+            for s in sorted(self._all(), key=lambda s: s.used):
+                if self._bytes() <= self.budget:
+                    break
+                self._by_ids.pop(s.ids, None)
 
     def clear(self) -> None:
         """Lets all of them go."""
@@ -138,8 +127,11 @@ class Conversations:
         snapshot.used = self._clock
 
     def _bytes(self) -> int:
-        shared = dict(s.native.shared for s in self._by_ids.values())
-        return sum(s.own_bytes for s in self._by_ids.values()) + sum(shared.values())
+        held = self._all()
+        return sum(s.own_bytes for s in held) + sum(dict(s.native.shared for s in held).values())
+
+    def _all(self) -> list[Snapshot]:
+        return list(self._by_ids.values())
 
 
 def _key(ids: Sequence[int]) -> bytes:

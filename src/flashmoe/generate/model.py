@@ -156,9 +156,13 @@ class Model:
         )
 
     def close(self) -> None:
-        """Frees memory and files; using the model afterwards raises StateError."""
-        with contextlib.suppress(StateError):  # closed before
+        """Frees memory and files and ends threads; using the model afterwards raises StateError.
+
+        Where a signal handler closes it in the middle of a call, that call ends with a StateError.
+        """
+        with contextlib.suppress(StateError):  # closed before, or in the middle of a call
             self._totals = self._native.stats()
+        with contextlib.suppress(StateError):  # the program ends
             self._native.close()
         self._closed = True
         self._conversations.clear()
@@ -241,7 +245,7 @@ class Model:
         a stop string, max_tokens, or when the context is full (`stats.finish_reason`).
 
         Args:
-            prompt: text, or ids. May be empty where a state has an answer to go on with.
+            prompt: text, or ids. May be empty where a state has something to go on with.
             max_tokens: to give out at most; None for as many as the context holds. 0 only adds the
                 prompt to the state.
             seed: the same seed draws the same tokens; None draws others each time.
@@ -255,8 +259,9 @@ class Model:
             ArgumentError: at once, for a value that cannot be used.
             StateError: the prompt does not fit the context, the model is closed, or the state is of
                 another model or in use.
-            ReadError: while iterating, an expert could not be read. The state keeps its tokens: an
-                empty prompt goes on from there.
+            ReadError, OutOfMemoryError: while iterating, an expert could not be read, or the state
+                could not grow. As after Ctrl-C, the state keeps its tokens: an empty prompt goes on
+                from there.
         """
         sampling = self.sampling.override(
             temperature=temperature,
@@ -357,30 +362,39 @@ class Model:
         )
         _check_count("max_tokens", max_tokens, 0)
         _check_count("logprobs", logprobs, 0)
-        specs = tools_of(tools)
-        prompt = self._prompts.make(
-            messages, specs, _variables(variables, think), continues=continue_final
-        )
         self._check_open()
-        self._check_fits(0, prompt.ids)
         if state is not None:
             self._check_own(state)
-        offered, _ = chosen(specs, tool_choice)
-        dialect = Dialect.of(self._prompts.template(specs))
+        prompt = self._prompts.make(
+            messages,
+            tools_of(tools),
+            _variables(variables, think),
+            continues=continue_final,
+            begun=() if state is None else state._tokens,
+        )
+        self._check_fits(0, prompt.ids)
+        offered, _ = chosen(prompt.tools, tool_choice)
+        dialect = Dialect.of(self._prompts.template(prompt.tools))
         constraint = constraint_of(
             self.checkpoint,
             schema=schema,
             json_object=json_object,
             regex=regex,
             grammar=grammar,
-            tools=specs,
+            tools=prompt.tools,
             tool_choice=tool_choice,
             parallel_tool_calls=parallel_tool_calls,
             dialect=dialect,
             in_reasoning=prompt.in_reasoning,
         )
         turn = Turn(
-            self._engine, self._conversations, self._prompts, prompt, state, self._new_meter
+            self._engine,
+            self._conversations,
+            self._prompts,
+            prompt,
+            constraint,
+            state,
+            self._new_meter,
         )
         work = Work(
             state=turn.state,
@@ -398,7 +412,7 @@ class Model:
             end=turn.end,
         )
         parser = AnswerParser(dialect, offered, in_reasoning=prompt.in_reasoning)
-        return Chat(turn, Tokens(self._scheduler.request(), work), parser, constraint)
+        return Chat(turn, Tokens(self._scheduler.request(), work), parser)
 
     def agenerate(self, prompt: str | Sequence[int], **options: Any) -> Background[Token]:
         """`generate` for asyncio: an async iterator. A cancelled task stops the work."""
@@ -503,7 +517,10 @@ class Model:
     def _check_room(self, state: State | None, ids: list[int]) -> None:
         """Whether there is something to compute behind a state, and the context holds it."""
         before = 0 if state is None else state.position
-        if not ids and before == (0 if state is None else state._native.position):
+        ready = state is not None and (
+            before > state._native.position or state._native.logits is not None
+        )
+        if not ids and not ready:
             raise ArgumentError("the prompt is empty; give at least one token")
         self._check_fits(before, ids)
 
@@ -517,7 +534,7 @@ class Model:
 
     def _encode(self, prompt: str | Iterable[int]) -> list[int]:
         if isinstance(prompt, str):
-            return self.checkpoint.tokenizer.encode(prompt)
+            return self.checkpoint.encode(prompt)
         vocab = self.config.vocab_size
         if not isinstance(prompt, Iterable) or isinstance(prompt, (bytes, bytearray)):
             raise ArgumentError(f"a prompt is text or a sequence of ids; got {prompt!r}")

@@ -86,10 +86,13 @@ class Prompts:
         variables: Mapping[str, Any] | None = None,
         *,
         continues: bool = False,
+        begun: Sequence[int] = (),
     ) -> Prompt:
         """The prompt for an answer to a conversation.
 
         Args:
+            begun: ids that a state holds; they are those of their text, where the prompt begins
+                with it.
             variables: of the template. Where it has `preserve_thinking` that is on unless given, so
                 that earlier turns stay as they were computed.
             continues: whether the answer goes on with the last message, one of the assistant's.
@@ -104,7 +107,7 @@ class Prompts:
         text = _render(template, turns, tools, given, add_generation_prompt=not continues)
         if continues:
             text = _cut_open(text, turns)
-        ids = self._encode(text)
+        ids = self._encode(text, begun)
         marks, places = self._marks(template, ids, turns, tools, given)
         in_reasoning = Dialect.of(template).in_reasoning(text)
         return Prompt(text, ids, marks, places, in_reasoning, turns, tools, given, continues)
@@ -115,18 +118,11 @@ class Prompts:
         Args:
             ids: of the answer, without an end-of-sequence token.
         """
-        turn: dict[str, Any] = {"role": "assistant", "content": answer.text}
+        turn = answer.message
         turns = list(prompt.turns)
         if prompt.continues:
-            turn = turns.pop()
-            turn = {**turn, "content": turn.get("content", "").rstrip() + answer.text}
-        if answer.reasoning:
-            turn["reasoning_content"] = answer.reasoning
-        if answer.tool_calls:
-            turn["tool_calls"] = [
-                {"type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-                for call in answer.tool_calls
-            ]
+            begun = turns.pop()
+            turn = {**begun, **turn, "content": begun.get("content", "").rstrip() + answer.text}
         turns.append(turn)
         if answer.reasoning.strip():
             *_, seen = _as_seen(turns)
@@ -157,7 +153,7 @@ class Prompts:
         written = self._checkpoint.tokenizer.decode(own)
         if _normal(written) != _normal(text[start:end]):
             return
-        own += self._checkpoint.tokenizer.encode(text[end:], special=False)
+        own += self._checkpoint.encode(text[end:], special=False)
         self._ids[_digest(text)] = np.array(own, np.int32).tobytes()
 
     def _end_of_turn(self, text: str, opener: tuple[int, str]) -> int:
@@ -178,12 +174,20 @@ class Prompts:
             result.append(turn)
         return result
 
-    def _encode(self, text: str) -> list[int]:
-        """Its ids: of turns that are remembered those that were drawn."""
-        tokenizer = self._checkpoint.tokenizer
+    def _encode(self, text: str, begun: Sequence[int]) -> list[int]:
+        """Its ids: of turns that are remembered, or begun, those that were drawn."""
+        if begun:
+            tokenizer = self._checkpoint.tokenizer
+            held = tokenizer.decode(begun)
+            rest = text[len(held) :]
+            next_one = self._checkpoint.encode(rest, special=False)
+            # Nothing is merged across a special token.
+            parted = {begun[-1], *next_one[:1]} & tokenizer.special
+            if text.startswith(held) and parted:
+                return [*begun, *next_one]
         opener = next((o for o in self._openers.values() if o is not None), None)
         if opener is None or not len(self._ids):
-            return tokenizer.encode(text, special=False)
+            return self._checkpoint.encode(text, special=False)
         ids: list[int] = []
         pending = ""
         digest = hashlib.sha256()
@@ -195,11 +199,11 @@ class Prompts:
                 pending += part
                 continue
             if pending:
-                ids += tokenizer.encode(pending, special=False)
+                ids += self._checkpoint.encode(pending, special=False)
             ids += np.frombuffer(known, np.int32).tolist()
             pending = ""
         if pending:
-            ids += tokenizer.encode(pending, special=False)
+            ids += self._checkpoint.encode(pending, special=False)
         return ids
 
     def _marks(
@@ -255,7 +259,7 @@ class Prompts:
         except ArgumentError:
             return None
         tokenizer = self._checkpoint.tokenizer
-        before = tokenizer.encode(text.partition(content)[0], special=False)
+        before = self._checkpoint.encode(text.partition(content)[0], special=False)
         special = [token for token in before if token in tokenizer.special]
         return (special[-1], tokenizer.token(special[-1])) if special else None
 
@@ -267,7 +271,7 @@ class _Recent(Generic[_Value]):
         self._limit = limit
         self._bytes = 0
         self._values: OrderedDict[bytes, _Value] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the garbage collector may end an answer in any call
 
     def __len__(self) -> int:
         return len(self._values)

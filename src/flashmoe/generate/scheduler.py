@@ -26,7 +26,8 @@ class PassTimes:
     """What passes took of late by their number of rows, and what that says of the next one.
 
     A longer pass takes less time a row, for it shares weights and experts. So a time a row that was
-    measured bounds that of every longer pass.
+    measured bounds that of longer passes; up to twice as long ones, for rows cost more as the
+    sequence grows, and what else the machine does changes.
     """
 
     def __init__(self) -> None:
@@ -45,7 +46,7 @@ class PassTimes:
         for rows, took in sorted(self._latest.values()):
             if took > seconds:
                 return min(most, rows)
-            most = max(most, int(rows * seconds / max(took, 1e-9)))
+            most = max(most, min(2 * rows, int(rows * seconds / max(took, 1e-9))))
         return most
 
 
@@ -121,7 +122,7 @@ class Scheduler:
     def __init__(self, native: _native.Engine, chunk: int) -> None:
         self.native = native
         self.chunk = chunk
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the garbage collector may end a request in any call
         self._requests: set[Request] = set()
         self._times = PassTimes()
 
@@ -145,7 +146,7 @@ class Scheduler:
         """
         now = time.monotonic()
         with self._lock:
-            lively = [r for r in self._requests if r.passing or now - r.ended < WAIT]
+            lively = [r for r in tuple(self._requests) if r.passing or now - r.ended < WAIT]
             others = [r for r in lively if r is not request]
             decoding = sum(r.decoding for r in others)
             if decoding == 0:

@@ -4,31 +4,24 @@ from __future__ import annotations
 
 import os
 import threading
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from flashmoe.checkpoint.headers import Tensor, build_header, read_header, read_metadata
-from flashmoe.errors import CheckpointError, StateError, WriteError
+from flashmoe.errors import CheckpointError, StateError, printable
+from flashmoe.generate.state_file import StateFile, write_state
+from flashmoe.machine.files import to_path
 
 if TYPE_CHECKING:
     from flashmoe import _native
     from flashmoe.generate.engine import Engine
 
-_FORMAT = "flashmoe.state.1"
-# bfloat16 travels as uint16: numpy has no such type.
-_NUMPY: dict[str, np.dtype[Any]] = {
-    "F32": np.dtype(np.float32),
-    "BF16": np.dtype(np.uint16),
-    "I32": np.dtype(np.int32),
-}
-_DTYPES = {dtype: name for name, dtype in _NUMPY.items()}
-
 
 class _Model(Protocol):
     """What of a `Model` loading a state needs."""
+
+    context: int
 
     @property
     def _engine(self) -> Engine: ...
@@ -73,72 +66,47 @@ class State:
         Raises:
             WriteError: it cannot be written; what was there is then still there.
         """
-        path = Path(path)
+        path = to_path(path)
         with self._held():
-            arrays: dict[str, npt.NDArray[Any]] = {
+            tensors: dict[str, npt.NDArray[Any]] = {
                 "tokens": np.array(self._tokens, np.int32),
                 **self._native.export(),
             }
             computed = self._native.position
-        metadata = {
-            "format": _FORMAT,
-            "model": self._engine.checkpoint.fingerprint,
-            "source": self._engine.checkpoint.source,
-            "experts_per_token": str(self._engine.setting.experts_per_token),
-            "precision": self._engine.setting.precision,
-            "computed": str(computed),
-        }
-        table = [(name, _DTYPES[a.dtype], a.shape) for name, a in arrays.items()]
-        header, _ = build_header(table, metadata=metadata)
-        part = path.parent / f".{path.name}.{os.getpid()}.part"
-        try:
-            with part.open("wb") as file:
-                file.write(header)
-                for array in arrays.values():
-                    np.ascontiguousarray(array).tofile(file)
-            part.replace(path)
-        except OSError as error:
-            part.unlink(missing_ok=True)
-            raise WriteError(f"{path}: the state cannot be written: {error}") from error
+        write_state(
+            path,
+            {
+                "model": self._engine.checkpoint.fingerprint,
+                "source": printable(self._engine.checkpoint.source, 200),
+                "experts_per_token": str(self._engine.setting.experts_per_token),
+                "precision": self._engine.setting.precision,
+                "computed": str(computed),
+            },
+            tensors,
+        )
 
     @classmethod
     def load(cls, model: _Model, path: str | os.PathLike[str]) -> State:
         """The state that `save` wrote, to go on with the same model.
 
         Raises:
-            CheckpointError: not such a file, or damaged.
-            StateError: it belongs to another model, other routing or another precision.
+            CheckpointError: not such a file, damaged, or written by another version of flashmoe.
+            StateError: it belongs to another model, other routing or another precision, or holds
+                more tokens than the model's context.
+            OutOfMemoryError: there is no memory for it.
         """
-        path = Path(path)
         engine = model._engine
-        checkpoint, setting = engine.checkpoint, engine.setting
-        tensors = read_header(path)
-        metadata = read_metadata(path)
-        if metadata.get("format") != _FORMAT or "tokens" not in tensors:
-            raise CheckpointError(f"{path}: not a state that flashmoe saved")
-        if metadata.get("model") != checkpoint.fingerprint:
-            raise StateError(
-                f"{path}: saved from another model ({metadata.get('source')}), not from "
-                f"{checkpoint.source}; open that one, or compute the prompt again"
-            )
-        for name in ("experts_per_token", "precision"):
-            if metadata.get(name) != str(getattr(setting, name)):
-                raise StateError(
-                    f"{path}: computed with {name}={metadata.get(name)}, this model runs "
-                    f"{getattr(setting, name)}; open the model with the former"
-                )
-        arrays = {name: _read(tensor) for name, tensor in tensors.items()}
-        tokens = _token_ids(path, arrays.pop("tokens"), checkpoint.config.vocab_size)
-        computed = metadata.get("computed", "")
-        if not computed.isdecimal() or int(computed) > len(tokens):
-            raise CheckpointError(f"{path}: {len(tokens)} tokens, of which {computed!r} computed")
-        state = cls(engine, engine.native.new_state(), tokens)
-        if int(computed) > 0:
-            try:
-                state._native.restore(int(computed), arrays)
-            except (ValueError, StateError) as error:
-                raise CheckpointError(f"{path}: {error}") from error
-        return state
+        with StateFile(to_path(path)) as file:
+            _check_belongs(file, model)
+            # What it must hold is known before a byte of it is read.
+            native = engine.native.new_state()
+            file.require(engine.native.state_layout(file.computed))
+            tensors = file.read()
+        ids, vocab = tensors.pop("tokens"), engine.checkpoint.config.vocab_size
+        if len(ids) and not 0 <= ids.min() <= ids.max() < vocab:
+            raise CheckpointError(f"{file.path}: tensor tokens holds ids not below {vocab}")
+        native.restore(file.computed, tensors)
+        return cls(engine, native, ids.tolist())
 
     def _held(self) -> _Held:
         return _Held(self._lock)
@@ -161,24 +129,22 @@ class _Held:
         self._lock.release()
 
 
-def _token_ids(path: Path, ids: npt.NDArray[Any], vocab: int) -> list[int]:
-    if ids.dtype != np.int32 or ids.ndim != 1:
-        raise CheckpointError(
-            f"{path}: tensor tokens is {_DTYPES[ids.dtype]} {list(ids.shape)}, expected I32 [n]"
+def _check_belongs(file: StateFile, model: _Model) -> None:
+    """Raises StateError where a file is of another model, or of one opened in another way."""
+    checkpoint, setting = model._engine.checkpoint, model._engine.setting
+    if file.text("model") != checkpoint.fingerprint:
+        raise StateError(
+            f"{file.path}: saved from another model ({file.text('source')[:200]!r}), not from "
+            f"{checkpoint.source}; open that one, or compute the prompt again"
         )
-    if len(ids) and not 0 <= ids.min() <= ids.max() < vocab:
-        raise CheckpointError(f"{path}: tensor tokens holds ids that are not below {vocab}")
-    result: list[int] = ids.tolist()
-    return result
-
-
-def _read(tensor: Tensor) -> npt.NDArray[Any]:
-    if tensor.dtype not in _NUMPY:
-        raise CheckpointError(
-            f"{tensor.file}: tensor {tensor.name} is {tensor.dtype}, expected "
-            f"{', '.join(_NUMPY)}: not a state that flashmoe saved"
+    for name in ("experts_per_token", "precision"):
+        if file.text(name) != str(getattr(setting, name)):
+            raise StateError(
+                f"{file.path}: computed with {name}={file.text(name)[:40]!r}, this model runs "
+                f"{getattr(setting, name)}; open the model with the former"
+            )
+    if file.tokens > model.context:
+        raise StateError(
+            f"{file.path}: holds {file.tokens} tokens, and the context of this model "
+            f"{model.context}; open the model with a larger one"
         )
-    dtype = _NUMPY[tensor.dtype]
-    count = tensor.nbytes // dtype.itemsize
-    array = np.fromfile(tensor.file, dtype, count, offset=tensor.offset)
-    return array.reshape(tensor.shape)

@@ -31,6 +31,7 @@ class Stats:
         expert_hits, expert_misses: experts found in the program's own cache, and read.
         read_seconds, wait_seconds: spent reading, over all threads; computing waited for reads.
         forward_seconds, head_seconds: in the engine; of them for the output head.
+        busy_seconds: that the engine's threads computed, all together; 0 on a GPU.
         peak_memory: largest resident size of the process so far, in bytes.
         resident_bytes, cache_bytes: weights that are always in memory; slots for experts.
         experts_per_token, precision, threads, kernels: what is in force.
@@ -53,6 +54,7 @@ class Stats:
     wait_seconds: float
     forward_seconds: float
     head_seconds: float
+    busy_seconds: float
     peak_memory: int
     resident_bytes: int
     cache_bytes: int
@@ -137,6 +139,7 @@ class Meter:
             wait_seconds=grown("wait_seconds"),
             forward_seconds=grown("forward_seconds"),
             head_seconds=grown("head_seconds"),
+            busy_seconds=grown("busy_seconds"),
             peak_memory=probe.peak_memory(),
             resident_bytes=int(now["resident_bytes"]),
             cache_bytes=int(now["slot_bytes"]),

@@ -23,8 +23,7 @@ class Work:
 
     Attributes:
         state: gives the state to go on from.
-        begin: makes it hold the tokens of the prompt, computed or not; the logits that follow,
-            where all are computed.
+        begin: makes it hold the tokens of the prompt, computed or not.
         meter: makes what counts the request.
         stream: makes text of tokens; None for a checkpoint without a tokenizer.
         max_tokens: to draw at most; None for as many as the context holds.
@@ -37,7 +36,7 @@ class Work:
     """
 
     state: Callable[[], State]
-    begin: Callable[[State], Floats | None]
+    begin: Callable[[State], None]
     meter: Callable[[], Meter]
     sampler: Sampler
     stream: TextStream | None
@@ -47,7 +46,7 @@ class Work:
     progress: Progress | None = None
     logprobs: int = 0
     marks: Sequence[int] = ()
-    mark: Callable[[State, Floats], None] = field(default=lambda state, logits: None)
+    mark: Callable[[State], None] = field(default=lambda state: None)
     end: Callable[[State], None] = field(default=lambda state: None)
 
 
@@ -78,21 +77,17 @@ def _steps(request: Request, work: Work) -> Generator[Token, None, None]:
         state = work.state()
         with state._held():
             meter = work.meter()
-            logits = work.begin(state)
+            work.begin(state)
             try:
-                yield from _run(request, work, meter, state, logits)
+                yield from _run(request, work, meter, state)
             except StoppedError:
                 meter.finish_reason = "cancelled"
             finally:
                 work.end(state)
 
 
-def _run(
-    request: Request, work: Work, meter: Meter, state: State, logits: Floats | None
-) -> Generator[Token, None, None]:
-    computed = _prefill(request, work, meter, state)
-    logits = logits if computed is None else computed
-    assert logits is not None, "a request with nothing to compute"
+def _run(request: Request, work: Work, meter: Meter, state: State) -> Generator[Token, None, None]:
+    logits = _prefill(request, work, meter, state)
     if work.max_tokens == 0:
         meter.finish_reason = "length"
     elif state.position >= work.context:
@@ -129,23 +124,23 @@ def _run(
             meter.decode_seconds += spent + time.perf_counter() - start
 
 
-def _prefill(request: Request, work: Work, meter: Meter, state: State) -> Floats | None:
-    """Computes the tokens that the state has but the native state has not; the last logits."""
+def _prefill(request: Request, work: Work, meter: Meter, state: State) -> Floats:
+    """Computes the tokens that the state has but the native state has not; what follows them."""
     before = state._native.position
-    todo = state._tokens[before:]
+    todo = state.position - before
     meter.cached_tokens = before
     start = time.perf_counter()
-    if work.progress is not None:
-        work.progress(0, len(todo))
-    logits = None
+    if todo and work.progress is not None:
+        work.progress(0, todo)
     for mark in (*(m for m in work.marks if before < m < state.position), state.position):
         begin = state._native.position
-        for done, latest in request.prompt(state._native, state._tokens[begin:mark]):
-            logits = latest
+        for done, _ in request.prompt(state._native, state._tokens[begin:mark]):
             meter.prompt_tokens = begin - before + done
             meter.prefill_seconds = time.perf_counter() - start
             if work.progress is not None:
-                work.progress(meter.prompt_tokens, len(todo))
-        if logits is not None:
-            work.mark(state, logits)
+                work.progress(meter.prompt_tokens, todo)
+        if begin < mark:
+            work.mark(state)
+    logits = state._native.logits
+    assert logits is not None, "a request with nothing to go on from"
     return logits

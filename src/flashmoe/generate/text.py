@@ -28,10 +28,10 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, stop: str | Sequence[str] | None = None) -> None:
         stop = () if stop is None else [stop] if isinstance(stop, str) else stop
-        if not isinstance(stop, Iterable) or not all(isinstance(s, str) and s for s in stop):
-            raise ArgumentError(f"stop must be strings that are not empty; got {stop!r}")
+        self._stop = list(stop) if isinstance(stop, Iterable) else [stop]
+        if not all(isinstance(s, str) and s for s in self._stop):
+            raise ArgumentError(f"stop must be strings that are not empty; got {self._stop!r}")
         self._tokenizer = tokenizer
-        self._stop = list(stop)
         # Replaces invalid bytes as Rust's from_utf8_lossy does: one U+FFFD a maximal subpart.
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""

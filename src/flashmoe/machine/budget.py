@@ -20,11 +20,16 @@ def default_cache(checkpoint: Checkpoint, available: int) -> int:
     page cache, is 1.6 to 2.2 times as fast on Linux as leaving the same memory to the page cache
     (docs/performance.md). Else, and on macOS where the original engine found the opposite, 0.
     """
-    experts = _slots_for_all(checkpoint)
-    left = max(0, int(0.7 * available) - _resident(checkpoint))
+    on_mac = sys.platform == "darwin"
+    return cache_for(_resident(checkpoint), _slots_for_all(checkpoint), available, on_mac=on_mac)
+
+
+def cache_for(resident: int, experts: int, available: int, *, on_mac: bool) -> int:
+    """Likewise for so many bytes of resident weights and of slots for all experts."""
+    left = max(0, int(0.7 * available) - resident)
     if experts <= left:
         return experts
-    return 0 if sys.platform == "darwin" else left
+    return 0 if on_mac else left
 
 
 def check_room(checkpoint: Checkpoint, cache: int, available: int) -> None:

@@ -51,13 +51,23 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def beyond_caches() -> int:
+    """Bytes of which the processor's caches hold only a part: 256 MB, 1 GB where caches are so."""
+    caches = Path("/sys/devices/system/cpu/cpu0/cache")
+    sizes = [_read(path) or "0" for path in caches.glob("index*/size")]
+    largest = max(
+        (int(s.rstrip("KM")) * (1 << 20 if "M" in s else 1 << 10) for s in sizes), default=0
+    )
+    return min(max(256 << 20, 2 * largest), 1 << 30)
+
+
 def memory_rate(threads: int) -> float:
     """Bytes a second that so many threads read from memory together, measured in about 0.3 s."""
     import threading  # noqa: PLC0415
 
     import numpy as np  # noqa: PLC0415
 
-    size = (256 << 20) // threads  # 256 MiB in all: beyond the caches
+    size = beyond_caches() // threads
     # Of numpy's reductions this one asks least of the processor.
     parts = [np.ones(size, np.uint8) for _ in range(threads)]
     best = float("inf")
@@ -72,9 +82,20 @@ def memory_rate(threads: int) -> float:
     return sum(part.nbytes for part in parts) / best
 
 
-def disk_rate(files: Sequence[Path], block: int, seconds: float = 0.5) -> float | None:
-    """Bytes a second of reads of `block` bytes at random places, four at once, past the page cache.
+def disk_rate(
+    files: Sequence[Path],
+    block: int,
+    seconds: float = 0.5,
+    readers: int = 4,
+    *,
+    pause: float = 0.0,
+    cached: bool = False,
+) -> float | None:
+    """Bytes a second of reads of `block` bytes at random places, past the page cache.
 
+    `readers` of them begin together and the next when all are done and `pause` seconds are over, as
+    a layer's experts are read and then computed: drives that are rented out give more to those who
+    pause. With `cached` each place is read twice through the page cache and the second counts.
     None where that cannot be measured: files too small, or no way to read past the cache.
     """
     import mmap  # noqa: PLC0415
@@ -82,37 +103,73 @@ def disk_rate(files: Sequence[Path], block: int, seconds: float = 0.5) -> float 
     from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415
 
     block = max(block // 4096, 1) * 4096
-    candidates = [f for f in files if f.stat().st_size >= 4 * block]
-    if not candidates or not hasattr(os, "O_DIRECT"):
-        return None
-    deadline = time.perf_counter() + seconds
-
-    def read(seed: int) -> int:
-        choose, total = random.Random(seed), 0
-        buffer = mmap.mmap(-1, block)  # page-aligned, as direct reads ask
-        while time.perf_counter() < deadline:
-            path = choose.choice(candidates)
-            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
-            try:
-                place = choose.randrange((path.stat().st_size - block) // 4096) * 4096
-                total += os.preadv(descriptor, [buffer], place)
-            finally:
-                os.close(descriptor)
-        return total
-
-    start = time.perf_counter()
     try:
-        with ThreadPoolExecutor(4) as pool:
-            total = sum(pool.map(read, range(4)))
+        candidates = [f for f in files if f.stat().st_size >= 4 * block]
     except OSError:
         return None
-    return total / (time.perf_counter() - start)
+    if not candidates:
+        return None
+    choose = random.Random(readers)
+    buffers = [mmap.mmap(-1, block) for _ in range(readers)]  # page-aligned, as direct reads ask
+
+    def read(reader: int, path: Path, place: int) -> int:
+        descriptor = os.open(path, os.O_RDONLY) if cached else _open_uncached(path)
+        with open(descriptor, "rb", buffering=0) as file:
+            file.seek(place)
+            return file.readinto(buffers[reader])
+
+    total, spent = 0, 0.0
+    deadline = time.perf_counter() + seconds
+    try:
+        with ThreadPoolExecutor(readers) as pool:
+            while total == 0 or time.perf_counter() < deadline:
+                paths = [choose.choice(candidates) for _ in range(readers)]
+                places = [
+                    choose.randrange((p.stat().st_size - block) // 4096) * 4096 for p in paths
+                ]
+                for counts in (False, True) if cached else (True,):
+                    start = time.perf_counter()
+                    nbytes = sum(pool.map(read, range(readers), paths, places))
+                    if counts:
+                        total += nbytes
+                        spent += time.perf_counter() - start
+                time.sleep(pause)
+    except OSError:
+        return None
+    return total / spent
+
+
+def _open_uncached(path: Path) -> int:
+    """A descriptor whose reads go past the page cache. Raises OSError where there is no such."""
+    if sys.platform == "darwin":
+        import fcntl  # noqa: PLC0415
+
+        descriptor = os.open(path, os.O_RDONLY)
+        fcntl.fcntl(descriptor, fcntl.F_NOCACHE, 1)
+        return descriptor
+    return os.open(path, os.O_RDONLY | os.O_DIRECT)
+
+
+def processor() -> str:
+    """Its name, like "Apple M3 Max"; "" where the system does not tell."""
+    if sys.platform == "darwin":
+        return _sysctl_text("machdep.cpu.brand_string") or ""
+    lines = (_read(Path("/proc/cpuinfo")) or "").splitlines()
+    return next((s.split(":", 1)[1].strip() for s in lines if s.startswith("model name")), "")
 
 
 def _sysctl(name: str) -> int | None:
     try:
-        return int(subprocess.check_output(["sysctl", "-n", name], stderr=subprocess.DEVNULL))
-    except (OSError, ValueError, subprocess.CalledProcessError):
+        return int(_sysctl_text(name) or "")
+    except ValueError:
+        return None
+
+
+def _sysctl_text(name: str) -> str | None:
+    try:
+        command = ["sysctl", "-n", name]
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
+    except (OSError, subprocess.CalledProcessError):
         return None
 
 
@@ -135,7 +192,9 @@ def _cgroup(controller: str) -> list[Path]:
             continue
         # Within a container the path may be the host's, which is not to be seen.
         folder = root / path.lstrip("/")
-        inner = [d for d in (folder, *folder.parents) if d.is_relative_to(root) and d.is_dir()]
+        inner = [
+            d for d in (folder, *folder.parents) if d.is_relative_to(root) and os.path.isdir(d)
+        ]
         return inner or [root]
     return []
 

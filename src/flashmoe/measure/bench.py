@@ -115,9 +115,13 @@ def _decode_breakdown(
     layers_after: list[dict[str, float]],
     tokens: int,
 ) -> dict[str, Any]:
-    """Per token of one run's decode: seconds, head_seconds, bytes_read, and for each layer the
-    seconds of its PARTS."""
+    """Per token of one run's decode: seconds, head_seconds, bytes_read, for each layer the seconds
+    of its PARTS; and what share of the threads' time they computed, in its prompt and in decode."""
     return {
+        "prompt_busy": before.busy_seconds / before.threads / before.forward_seconds,
+        "busy": (after.busy_seconds - before.busy_seconds)
+        / after.threads
+        / (after.forward_seconds - before.forward_seconds),
         "seconds": (after.forward_seconds - before.forward_seconds) / tokens,
         "head_seconds": (after.head_seconds - before.head_seconds) / tokens,
         "bytes_read": (after.bytes_read - before.bytes_read) / tokens,

@@ -1,27 +1,19 @@
-"""What a checkpoint is, what it asks of a machine, and how fast this one could run it."""
+"""What a checkpoint is, and what it asks of a machine."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from flashmoe import hub
 from flashmoe.checkpoint.architecture import EXPERTS, ROLES, SMALL, Kind, weights_of
 from flashmoe.checkpoint.config import ExpertsPerToken
 from flashmoe.checkpoint.open import Checkpoint
 from flashmoe.checkpoint.table import Format
-from flashmoe.errors import ArgumentError
-from flashmoe.machine import probe
-
-ASSUMED_DISK_RATE = 3e9
-"""Bytes a second of a middling NVMe SSD, where nothing was stated and nothing can be measured."""
+from flashmoe.measure.fit import HERE, Fit, Sizes, Target, fit_model
+from flashmoe.measure.time_model import bytes_of, spell
 
 
 @dataclass(frozen=True)
@@ -71,65 +63,38 @@ class Summary:
 
 
 @dataclass(frozen=True)
-class Fit:
-    """A checkpoint on this machine; bytes, bytes a second, tokens a second.
-
-    Attributes:
-        present: the checkpoint lies here already, so that free disk is not needed.
-        disk_rate_basis, memory_rate_basis: "measured", "stated" or "assumed".
-        cached_share: of the experts, what memory left free by the resident part holds.
-        tokens_per_second: if every token reads its weights once, at these rates, and all experts
-            are equally likely. Real routing favours some, which are cached; computing costs extra.
-    """
-
-    memory: int
-    memory_available: int
-    disk_free: int
-    present: bool
-    fits_memory: bool
-    fits_disk: bool
-    disk_rate: float
-    disk_rate_basis: str
-    memory_rate: float
-    memory_rate_basis: str
-    cached_share: float
-    tokens_per_second: float
-
-
-@dataclass(frozen=True)
 class Info:
-    """A checkpoint and what this machine makes of it."""
+    """A checkpoint and what a machine makes of it."""
 
     summary: Summary
     fit: Fit
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
-        return dataclasses.asdict(self)
+        return {"summary": dataclasses.asdict(self.summary), "fit": self.fit.to_dict()}
 
 
 def describe(
     source: str | os.PathLike[str],
     *,
     experts_per_token: ExpertsPerToken = "auto",
-    disk_rate: float | None = None,
-    memory_rate: float | None = None,
+    target: Target = HERE,
 ) -> Info:
     """Looks at a directory, "demo", or a hub id of which only metadata is fetched.
 
     Args:
         experts_per_token: as `Model` takes it.
-        disk_rate, memory_rate: bytes a second; None measures them here, in about a second.
     Raises:
-        ArgumentError: a rate or number of experts that cannot be.
+        ArgumentError: a rate, a machine or a number of experts that cannot be.
         CheckpointError: no such checkpoint, or one that flashmoe does not run.
     """
-    for name, rate in (("disk", disk_rate), ("memory", memory_rate)):
-        if rate is not None and not 0 < rate < math.inf:
-            raise ArgumentError(f"the rate of the {name} must be more than 0; got {rate!r}")
+    target.check()
     checkpoint = Checkpoint.look(source)
     summary = summarise(checkpoint, checkpoint.config.experts_in_force(experts_per_token))
-    return Info(summary, _fit(checkpoint, summary, disk_rate, memory_rate))
+    sizes = Sizes(summary.resident, summary.experts, summary.disk)
+    here = checkpoint if checkpoint.here and target.machine is None else None
+    fit = fit_model(target, sizes, bytes_of(checkpoint), summary.experts_per_token, here)
+    return Info(summary, fit)
 
 
 def summarise(checkpoint: Checkpoint, experts_per_token: int) -> Summary:
@@ -192,7 +157,7 @@ def _roles(checkpoint: Checkpoint) -> tuple[Role, ...]:
             name,
             sum(f.rows * f.cols * count for f, count in formats[name]),
             sum(f.nbytes * count for f, count in formats[name]),
-            _unique(_spell(f) for f, _ in formats[name]),
+            _unique(spell(f) for f, _ in formats[name]),
         )
         for name in ROLES
         if name in formats
@@ -207,50 +172,5 @@ def _roles(checkpoint: Checkpoint) -> tuple[Role, ...]:
     return (*roles, small)
 
 
-def _spell(format: Format) -> str:
-    if format.bits:
-        return f"{format.bits}-bit, group {format.group}"
-    return format.dtype.lower()
-
-
 def _unique(items: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(items))
-
-
-def _fit(
-    checkpoint: Checkpoint,
-    summary: Summary,
-    disk_rate: float | None,
-    memory_rate: float | None,
-) -> Fit:
-    available = probe.available_memory()
-    here = checkpoint.here
-    free = shutil.disk_usage(checkpoint.directory if here else hub.cache_place()).free
-    disk_basis = "assumed" if disk_rate is None else "stated"
-    if disk_rate is None and here:
-        lengths = np.concatenate([layer.extents[:, 2] for layer in checkpoint.experts])
-        disk_rate = probe.disk_rate(checkpoint.files, int(np.median(lengths)))
-        disk_basis = "assumed" if disk_rate is None else "measured"
-    memory_basis = "measured" if memory_rate is None else "stated"
-    disk_rate = disk_rate or ASSUMED_DISK_RATE
-    memory_rate = memory_rate or probe.memory_rate(probe.physical_cores())
-
-    cached = min(1.0, max(0, available - summary.resident) / summary.experts)
-    embedding = checkpoint.matrices["embed_tokens"].format.nbytes
-    swept = summary.resident - (0 if checkpoint.config.tie_word_embeddings else embedding)
-    seconds = (swept + summary.read_per_token) / memory_rate
-    seconds += (1 - cached) * summary.read_per_token / disk_rate
-    return Fit(
-        memory=probe.total_memory(),
-        memory_available=available,
-        disk_free=free,
-        present=here,
-        fits_memory=summary.resident <= available,
-        fits_disk=here or summary.disk <= free,
-        disk_rate=disk_rate,
-        disk_rate_basis=disk_basis,
-        memory_rate=memory_rate,
-        memory_rate_basis=memory_basis,
-        cached_share=cached,
-        tokens_per_second=1 / seconds,
-    )

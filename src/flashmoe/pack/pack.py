@@ -12,17 +12,26 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from flashmoe.checkpoint.index import INDEX
 from flashmoe.checkpoint.json import read_json
 from flashmoe.checkpoint.open import JOB, Checkpoint
-from flashmoe.errors import ArgumentError, FlashMoeError, WriteError
+from flashmoe.errors import (
+    ArgumentError,
+    CheckpointError,
+    FlashMoeError,
+    OutOfMemoryError,
+    ReadError,
+    WriteError,
+)
 from flashmoe.machine import probe
+from flashmoe.machine.files import PART, is_there, read_file, replacing, to_path, write_at
 from flashmoe.pack.convert import convert_rows, convert_vector
 from flashmoe.pack.layout import Plan, PlannedFile, RowBlock, VectorCopy, make_plan
 
@@ -33,17 +42,21 @@ GROUPS = (32, 64, 128)
 
 # What a checkpoint has beside its weights, copied as it is.
 _COMPANIONS = (
-    "tokenizer*",
-    "vocab*",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
     "merges.txt",
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template*",
+    "chat_template.jinja",
+    "chat_template.json",
     "generation_config.json",
     "LICENSE*",
 )
 _LAYOUT = 1  # of pack.json: a pack begun by another version is not continued
-_PARTIAL = ".partial"
+_LARGEST_COMPANION = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -106,16 +119,21 @@ def pack(
     plan = make_plan(checkpoint, bits, group_size)
     for path in plan.dense:
         log.warning("%s stays at 16 bits: groups of %d do not divide it", path, group_size)
-    with _held(Path(destination)) as directory:
-        _begin(directory, checkpoint, bits, group_size)
-        job = _Job(directory, checkpoint, plan, threads or probe.physical_cores())
+    with _held(to_path(destination)) as directory:
+        source_files = _Source(checkpoint)
+        _begin(directory, source_files, bits, group_size)
+        job = _Job(directory, source_files, plan, threads or probe.physical_cores())
         job.run(progress or (lambda done, total: None))
     return PackSummary(directory, plan.nbytes, job.written, plan.dense)
 
 
 @contextmanager
 def _held(directory: Path) -> Iterator[Path]:
-    """The directory, made where it is absent, for this process alone."""
+    """The directory, made where it is absent, for this process alone.
+
+    What the system refuses within it becomes a WriteError, a thread that it does not grant an
+    OutOfMemoryError.
+    """
     try:
         directory.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
@@ -127,22 +145,99 @@ def _held(directory: Path) -> Iterator[Path]:
         except BlockingIOError:
             raise WriteError(f"{directory}: another process is packing to it") from None
         yield directory
+    except FlashMoeError:
+        raise
+    except OSError as error:
+        where = error.filename or directory
+        raise WriteError(
+            f"{where}: the system refuses this: {error.strerror or error}; what is complete is"
+            " kept: run the same command again"
+        ) from error
+    except MemoryError:
+        raise OutOfMemoryError(
+            f"{directory}: there is no memory to convert weights; give fewer threads"
+        ) from None
     finally:
         os.close(descriptor)
 
 
-def _begin(directory: Path, checkpoint: Checkpoint, bits: int, group_size: int) -> None:
+class _Source:
+    """The files of a checkpoint, which must stay what they were when packing began."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self._paths = [*checkpoint.files, checkpoint.directory / "config.json"]
+        self._begun = [_status(path) for path in self._paths]
+
+    def described(self) -> list[list[object]]:
+        """Names, sizes and modification times in nanoseconds. No paths: packs are published."""
+        return [
+            [path.name, status.st_size, status.st_mtime_ns]
+            for path, status in zip(self._paths, self._begun, strict=True)
+        ]
+
+    def require_unchanged(self) -> None:
+        """Raises ReadError where a file is not the one it was."""
+        for path, begun in zip(self._paths, self._begun, strict=True):
+            now = _status(path)
+            if (begun.st_ino, begun.st_size, begun.st_mtime_ns, begun.st_ctime_ns) != (
+                now.st_ino,
+                now.st_size,
+                now.st_mtime_ns,
+                now.st_ctime_ns,
+            ):
+                raise ReadError(
+                    f"{path}: was changed or replaced while it was being packed, so that the"
+                    " pack is of two models and does not open; remove it, and pack again"
+                )
+
+    def companions(self) -> list[tuple[str, bytes]]:
+        """What a checkpoint has beside its weights, to be copied as it is.
+
+        Raises:
+            CheckpointError: one cannot be read, or is a link out of the checkpoint: who made it
+                could have any file of this machine published.
+        """
+        directory = self.checkpoint.directory
+        found = []
+        for pattern in _COMPANIONS:
+            for path in sorted(directory.glob(pattern)):
+                if path.is_dir():
+                    continue
+                if not _belongs(path, directory):
+                    raise CheckpointError(
+                        f"{path}: is a link to {path.resolve()}, outside of the checkpoint; if it"
+                        " is meant to be packed, put the file itself there"
+                    )
+                found.append((path.name, read_file(path, _LARGEST_COMPANION)))
+        return found
+
+
+def _status(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:
+        raise ReadError(f"{path}: cannot be looked at: {error.strerror}") from error
+
+
+def _belongs(path: Path, directory: Path) -> bool:
+    """Whether a file is the directory's own, or in the hub's cache, where files are links."""
+    real, home = path.resolve(), directory.resolve()
+    snapshots = home.parent
+    blobs = snapshots.parent / "blobs"
+    return real.is_relative_to(home) or (snapshots.name == "snapshots" and real.parent == blobs)
+
+
+def _begin(directory: Path, source: _Source, bits: int, group_size: int) -> None:
     """Writes pack.json, or checks that the one there is of the same job."""
-    sources = [*checkpoint.files, checkpoint.directory / "config.json"]
     job = {
         "layout": _LAYOUT,
         "bits": bits,
         "group_size": group_size,
-        # Modification times in nanoseconds. No paths: the pack may be published.
-        "source": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sources],
+        "source": source.described(),
     }
     path = directory / JOB
-    if path.exists():
+    if is_there(path):
         begun = read_json(path)
         changed = sorted(key for key in job | begun if job.get(key) != begun.get(key))
         if changed:
@@ -151,8 +246,8 @@ def _begin(directory: Path, checkpoint: Checkpoint, bits: int, group_size: int) 
                 f" {', '.join(changed)}); name a new directory, or remove this one"
             )
         return
-    present = sorted(entry.name for entry in directory.iterdir())
-    if set(present) - {JOB + _PARTIAL}:
+    present = sorted(e.name for e in directory.iterdir() if not fnmatch(e.name, PART))
+    if present:
         raise ArgumentError(
             f"{directory}: holds something else ({', '.join(present[:5])}); name a new directory"
         )
@@ -162,19 +257,19 @@ def _begin(directory: Path, checkpoint: Checkpoint, bits: int, group_size: int) 
 class _Job:
     """One run: what is complete is kept, the rest is written."""
 
-    def __init__(self, directory: Path, checkpoint: Checkpoint, plan: Plan, threads: int) -> None:
+    def __init__(self, directory: Path, source: _Source, plan: Plan, threads: int) -> None:
         self.directory = directory
-        self.checkpoint = checkpoint
+        self.source = source
         self.plan = plan
         self.threads = threads
         self.written = 0
 
     def run(self, progress: Callable[[int, int], None]) -> None:
         """Raises WriteError before anything is written where the disk is too small."""
-        for leftover in self.directory.glob("*" + _PARTIAL):
+        for leftover in self.directory.glob(PART):
             leftover.unlink()
         todo = [file for file in self.plan.files if not self._is_complete(file)]
-        if not todo and (self.directory / "config.json").exists():
+        if not todo and is_there(self.directory / "config.json"):
             progress(self.plan.nbytes, self.plan.nbytes)
             return
         needed = sum(file.size for file in todo)
@@ -186,10 +281,8 @@ class _Job:
             )
         before = self.plan.nbytes - needed
         progress(before, self.plan.nbytes)
-        for pattern in _COMPANIONS:
-            for path in sorted(self.checkpoint.directory.glob(pattern)):
-                if path.is_file():
-                    _write_bytes(self.directory / path.name, path.read_bytes())
+        for name, data in self.source.companions():
+            _write_bytes(self.directory / name, data)
 
         def wrote(nbytes: int) -> None:
             self.written += nbytes
@@ -197,71 +290,51 @@ class _Job:
 
         for file in todo:
             self._write(file, wrote)
+        self.source.require_unchanged()
         _write_json(self.directory / INDEX, self.plan.index)
         _write_json(self.directory / "config.json", self.plan.config)
 
     def _is_complete(self, file: PlannedFile) -> bool:
         path = self.directory / file.name
-        return path.exists() and path.stat().st_size == file.size
+        return is_there(path) and path.stat().st_size == file.size
 
     def _write(self, file: PlannedFile, wrote: Callable[[int], None]) -> None:
-        with _replacing(self.directory / file.name) as out:
-            out.truncate(file.size)
-            _write_at(out, file.header, 0)
+        with replacing(self.directory / file.name) as out:
+            os.ftruncate(out, file.size)
+            write_at(out, file.header, 0)
             wrote(file.size - sum(work.nbytes for work in file.work))
             pool = ThreadPoolExecutor(self.threads)
             try:
-                futures = [pool.submit(self._convert, out, work) for work in file.work]
+                futures = [self._submit(pool, out, work) for work in file.work]
                 for future in as_completed(futures):
                     wrote(future.result())
             finally:
                 pool.shutdown(cancel_futures=True)
 
-    def _convert(self, out: BinaryIO, work: RowBlock | VectorCopy) -> int:
-        files = self.checkpoint.files
+    def _submit(
+        self, pool: ThreadPoolExecutor, out: int, work: RowBlock | VectorCopy
+    ) -> Future[int]:
+        try:
+            return pool.submit(self._convert, out, work)
+        except RuntimeError as error:  # of threading: can't start new thread
+            raise OutOfMemoryError(
+                f"{self.directory}: the system grants no thread ({error}); give fewer threads"
+            ) from error
+
+    def _convert(self, out: int, work: RowBlock | VectorCopy) -> int:
+        files = self.source.checkpoint.files
         if isinstance(work, VectorCopy):
-            _write_at(out, convert_vector(files, work.source), work.offset)
+            write_at(out, convert_vector(files, work.source), work.offset)
         else:
             parts = convert_rows(files, work.name, work.source, work.target, work.first, work.count)
             for part, offset in zip(parts, work.offsets, strict=True):
-                _write_at(out, part, offset)
+                write_at(out, part, offset)
         return work.nbytes
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to; once what was written is on the disk, it takes the place of `path`."""
-    partial = path.with_name(path.name + _PARTIAL)
-    try:
-        with partial.open("wb") as out:
-            yield out
-            os.fsync(out.fileno())
-        partial.replace(path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-    except BaseException as error:
-        partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and not isinstance(error, FlashMoeError):
-            raise WriteError(
-                f"{path}: cannot be written: {error.strerror}; what is complete is kept: make room"
-                " and run the same command again"
-            ) from error
-        raise
-
-
-def _write_at(out: BinaryIO, data: Any, offset: int) -> None:
-    view = memoryview(data).cast("B")
-    while view:
-        written = os.pwrite(out.fileno(), view, offset)
-        view, offset = view[written:], offset + written
-
-
 def _write_bytes(path: Path, data: bytes) -> None:
-    with _replacing(path) as out:
-        _write_at(out, data, 0)
+    with replacing(path) as out:
+        write_at(out, data, 0)
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -3,11 +3,21 @@
 
 #include <nanobind/nanobind.h>
 
+#include "core/process.h"
+
 namespace flashmoe {
+
+// Lets other Python threads run while native code does; see core/process.h.
+class Unlocked {
+  const Call call_;
+  const nanobind::gil_scoped_release release_;
+};
 
 void bind_engine(nanobind::module_& m);
 void bind_quantize(nanobind::module_& m);
 // `_native.ops`: every Backend operation on numpy arrays, for tests that compare them with numpy.
 void bind_ops(nanobind::module_& m);
+// `_native.GpuPlans`: what a GPU backend launches for an operation, for tests that execute it.
+void bind_plans(nanobind::module_& m);
 
 }  // namespace flashmoe

@@ -10,11 +10,15 @@
 #include <atomic>
 #include <chrono>
 #include <cstring>
+#include <new>
 #include <optional>
+#include <system_error>
+#include <thread>
 
 #include "backend/cpu/cpu_backend.h"
 #include "bindings/bindings.h"
 #include "core/error.h"
+#include "core/process.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -47,20 +51,24 @@ void require(bool holds, const std::string& message) {
   if (!holds) throw nb::value_error(message.c_str());
 }
 
-void add_matrix(CheckpointSpec& spec, const std::string& name, const Format& format,
-                const std::vector<Extents>& parts) {
-  require(static_cast<int>(parts.size()) == format.parts(), name + ": wrong number of parts");
+// Texts and lists come as Python has them: nanobind's conversions to those of C++ end the program
+// where memory does.
+void add_matrix(CheckpointSpec& spec, const char* text, const Format& format,
+                const nb::sequence& parts) {
+  const std::string name = text;
+  require(static_cast<int>(nb::len(parts)) == format.parts(), name + ": wrong number of parts");
   MatrixSpec matrix{format, {}};
   for (int part = 0; part < format.parts(); ++part) {
-    matrix.parts[part] = to_extents(parts[part]);
+    matrix.parts[part] = to_extents(nb::cast<Extents>(parts[part]));
     require(total_length(matrix.parts[part]) == format.part_bytes(part),
             name + ": extents and shape disagree");
   }
   spec.matrices[name] = std::move(matrix);
 }
 
-void add_vector(CheckpointSpec& spec, const std::string& name, int64_t length,
-                const std::string& dtype, const Extents& extents, bool plus_one) {
+void add_vector(CheckpointSpec& spec, const char* text, int64_t length, const char* dtype,
+                const Extents& extents, bool plus_one) {
+  const std::string name = text;
   VectorSpec vector{length, parse_dtype(dtype), to_extents(extents), plus_one};
   require(total_length(vector.extents) == length * static_cast<int64_t>(size_of(vector.dtype)),
           name + ": extents and length disagree");
@@ -101,7 +109,8 @@ ModelConfig to_config(const nb::dict& values) {
   };
   for (const auto& [key, number] : numbers) *number = nb::cast<int>(values[key]);
   for (nb::handle type : nb::cast<nb::sequence>(values["layer_types"])) {
-    config.attention_layers.push_back(nb::cast<std::string>(type) == "full_attention");
+    config.attention_layers.push_back(std::string_view(nb::cast<const char*>(type)) ==
+                                      "full_attention");
   }
   config.rms_norm_eps = nb::cast<float>(values["rms_norm_eps"]);
   config.rope_theta = nb::cast<float>(values["rope_theta"]);
@@ -124,6 +133,7 @@ class SignalCheck {
 
   void operator()() {
     if (request_ && request_->cancelled) throw Stopped("the work was cancelled");
+    require_running();
     const auto now = Clock::now();
     if (now - last_ < std::chrono::milliseconds(20)) return;
     last_ = now;
@@ -137,20 +147,55 @@ class SignalCheck {
   Clock::time_point last_ = Clock::now();
 };
 
-// Waits without the GIL until this thread may use the engine and its states.
-Turn take_turn(Engine& engine) {
-  const nb::gil_scoped_release release;
-  return Turn(engine.turns(), SignalCheck());
+// A call that uses an engine or a state of it. Waits for its turn without the GIL.
+class Use {
+ public:
+  explicit Use(Engine& engine, const Request* request = nullptr)
+      : engine_(engine), turn_(take(engine, request)) {}
+  ~Use() {
+    if (!engine_.close_asked()) return;
+    const nb::gil_scoped_release release;
+    engine_.close();
+  }
+  Use(const Use&) = delete;
+  Use& operator=(const Use&) = delete;
+
+ private:
+  static Turn take(Engine& engine, const Request* request) {
+    engine.require_home();
+    const nb::gil_scoped_release release;
+    return Turn(engine.turns(), SignalCheck(request));
+  }
+
+  const Call call_;
+  Engine& engine_;
+  const Turn turn_;
+};
+
+void close(Engine& engine) {
+  if (engine.elsewhere()) {
+    engine.abandon();
+  } else if (engine.turns().asked()) {
+    engine.ask_to_close();
+  } else {
+    const Use use(engine);
+    const nb::gil_scoped_release release;
+    engine.close();
+  }
 }
 
 struct PyState {
   Engine& engine;  // kept alive by the Python object
   State state;
+  // What the latest pass predicts, float32 [vocab], or None: whatever interrupts Python between a
+  // pass and the use of its result, the prediction is not lost. Never written to.
+  nb::object logits;
   std::atomic<bool> in_use = false;
 
-  PyState(Engine& engine, State state) : engine(engine), state(std::move(state)) {}
+  PyState(Engine& engine, State state, nb::object logits = nb::none())
+      : engine(engine), state(std::move(state)), logits(std::move(logits)) {}
 
-  // Holds a state for one thread, or throws StateError.
+  // Holds a state for one call, or throws StateError.
   class Use {
    public:
     explicit Use(PyState& self) : self_(self) {
@@ -167,44 +212,6 @@ struct PyState {
   };
 };
 
-// Copies between a cache [kv_heads, capacity, row] and an array [kv_heads, position, row].
-void copy_rows(const State& state, int layer, int kv_heads, std::byte* cache, std::byte* array,
-               bool to_array) {
-  const size_t used = state.row_bytes() * static_cast<size_t>(state.position());
-  if (used == 0) return;  // there may be no cache yet
-  const size_t stride = state.row_bytes() * static_cast<size_t>(state.cache(layer).capacity);
-  for (int head = 0; head < kv_heads; ++head) {
-    std::byte* in_cache = cache + stride * head;
-    std::byte* in_array = array + used * head;
-    std::memcpy(to_array ? in_array : in_cache, to_array ? in_cache : in_array, used);
-  }
-}
-
-// Calls visit(name, buffer, bytes, shape, dtype) for every tensor of a state.
-template <typename Visit>
-void visit_tensors(PyState& self, Visit&& visit) {
-  const ModelConfig& config = self.engine.config();
-  State& state = self.state;
-  for (int layer = 0; layer < config.layers(); ++layer) {
-    const std::string prefix = "layers." + std::to_string(layer) + ".";
-    if (config.attention_layers[layer]) {
-      const std::vector<size_t> shape{static_cast<size_t>(config.num_key_value_heads),
-                                      static_cast<size_t>(state.position()),
-                                      static_cast<size_t>(config.head_dim)};
-      visit(prefix + "keys", layer, state.cache(layer).keys.get(), true, shape);
-      visit(prefix + "values", layer, state.cache(layer).values.get(), true, shape);
-    } else {
-      visit(prefix + "conv", layer, state.deltas[layer].conv.get(), false,
-            std::vector<size_t>{static_cast<size_t>(config.linear_conv_kernel_dim - 1),
-                                static_cast<size_t>(config.conv_channels())});
-      visit(prefix + "recurrent", layer, state.deltas[layer].recurrent.get(), false,
-            std::vector<size_t>{static_cast<size_t>(config.linear_num_value_heads),
-                                static_cast<size_t>(config.linear_key_head_dim),
-                                static_cast<size_t>(config.linear_value_head_dim)});
-    }
-  }
-}
-
 nb::object new_array(const std::vector<size_t>& shape, const char* dtype) {
   nb::list dims;
   for (const size_t dim : shape) dims.append(dim);
@@ -216,52 +223,91 @@ std::byte* data_of(const nb::object& array) {
       nb::cast<nb::ndarray<nb::c_contig, nb::device::cpu>>(array).data());
 }
 
+// What numpy calls a tensor of the state; it has no bfloat16, which travels as uint16.
+const char* numpy_dtype(DType dtype) {
+  return dtype == DType::BF16 ? "uint16" : "float32";
+}
+
 nb::dict export_state(PyState& self) {
-  const Turn turn = take_turn(self.engine);
-  const PyState::Use use(self);
-  const bool half = self.state.cache_dtype() == DType::BF16;
+  const Use use(self.engine);
   nb::dict result;
-  visit_tensors(self, [&](const std::string& name, int layer, std::byte* data, bool cache,
-                          const std::vector<size_t>& shape) {
-    nb::object array = new_array(shape, cache && half ? "uint16" : "float32");
-    if (cache) {
-      copy_rows(self.state, layer, static_cast<int>(shape[0]), data, data_of(array), true);
-    } else {
-      std::memcpy(data_of(array), data, nb::cast<size_t>(array.attr("nbytes")));
+  for (const StateTensor& tensor : self.state.tensors(self.state.position())) {
+    const std::vector<size_t> shape(tensor.shape.begin(), tensor.shape.end());
+    const nb::object array = new_array(shape, numpy_dtype(tensor.dtype));
+    std::byte* to = data_of(array);
+    for (size_t i = 0; tensor.block_bytes > 0 && i < tensor.blocks; ++i) {
+      std::memcpy(to + i * tensor.block_bytes, tensor.data + i * tensor.stride, tensor.block_bytes);
     }
-    result[name.c_str()] = array;
-  });
+    result[tensor.name.c_str()] = array;
+  }
+  if (!self.logits.is_none()) result["logits"] = self.logits;
   return result;
+}
+
+using AnyArray = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
+
+// The array of that name, if it has exactly this shape and type: what it holds may come from a file
+// that somebody else wrote.
+AnyArray checked_array(const nb::dict& tensors, const std::string& name, DType dtype,
+                       const std::vector<int64_t>& shape) {
+  require(tensors.contains(name.c_str()), "restore: no tensor " + name);
+  AnyArray array;
+  require(nb::try_cast(tensors[name.c_str()], array, false),
+          "restore: tensor " + name + " is not a contiguous array");
+  bool same = array.ndim() == shape.size() &&
+              array.dtype() == (dtype == DType::BF16 ? nb::dtype<uint16_t>() : nb::dtype<float>());
+  for (size_t i = 0; same && i < shape.size(); ++i) {
+    same = array.shape(i) == static_cast<size_t>(shape[i]);
+  }
+  require(same, "restore: tensor " + name + " has another shape or dtype than this model's");
+  return array;
 }
 
 // A state of `position` tokens with what export_state() gave, into a fresh state.
 void restore_state(PyState& self, int64_t position, const nb::dict& tensors) {
-  const Turn turn = take_turn(self.engine);
-  const PyState::Use use(self);
+  const PyState::Use hold(self);
+  const Use use(self.engine);
   require(self.state.position() == 0, "restore: the state is not a fresh one");
-  require(position >= 0, "restore: position is negative");
+  require(position >= 0 && position <= INT32_MAX, "restore: position is not that of a state");
+  std::vector<AnyArray> arrays;
+  for (const StateTensor& tensor : self.state.tensors(position)) {
+    arrays.push_back(checked_array(tensors, tensor.name, tensor.dtype, tensor.shape));
+  }
+  nb::object logits = nb::none();
+  if (tensors.contains("logits")) {
+    checked_array(tensors, "logits", DType::F32, {self.engine.config().vocab_size});
+    logits = tensors["logits"];
+  }
   State filled = self.state.fork();
   filled.reserve(position);
   filled.advance(position);
-  PyState fresh{self.engine, std::move(filled)};
-  const bool half = fresh.state.cache_dtype() == DType::BF16;
-  visit_tensors(fresh, [&](const std::string& name, int layer, std::byte* data, bool cache,
-                           const std::vector<size_t>& shape) {
-    require(tensors.contains(name.c_str()), "restore: no tensor " + name);
-    const char* dtype = cache && half ? "uint16" : "float32";
-    const nb::object array = tensors[name.c_str()];
-    nb::list dims;
-    for (const size_t dim : shape) dims.append(dim);
-    require(nb::cast<bool>(array.attr("shape").equal(nb::tuple(dims))) &&
-                nb::cast<std::string>(array.attr("dtype").attr("name")) == dtype,
-            "restore: tensor " + name + " has another shape or dtype than this model's");
-    if (cache) {
-      copy_rows(fresh.state, layer, static_cast<int>(shape[0]), data, data_of(array), false);
-    } else {
-      std::memcpy(data, data_of(array), nb::cast<size_t>(array.attr("nbytes")));
+  size_t index = 0;
+  for (const StateTensor& tensor : filled.tensors(position)) {
+    const auto* from = static_cast<const std::byte*>(arrays[index++].data());
+    for (size_t i = 0; tensor.block_bytes > 0 && i < tensor.blocks; ++i) {
+      std::memcpy(tensor.data + i * tensor.stride, from + i * tensor.block_bytes,
+                  tensor.block_bytes);
     }
-  });
-  self.state = std::move(fresh.state);
+  }
+  self.state = std::move(filled);
+  self.logits = std::move(logits);
+}
+
+// Dtype, as safetensors names it, and shape of the tensors that a state of so many tokens exports.
+nb::dict state_layout(Engine& engine, int64_t position) {
+  const Use use(engine);
+  require(position >= 0, "state_layout: position is negative");
+  nb::dict result;
+  const auto add = [&](const std::string& name, DType dtype, const std::vector<int64_t>& shape) {
+    nb::list dims;
+    for (const int64_t dim : shape) dims.append(dim);
+    result[name.c_str()] = nb::make_tuple(dtype == DType::BF16 ? "BF16" : "F32", nb::tuple(dims));
+  };
+  for (const StateTensor& tensor : engine.new_state().tensors(position)) {
+    add(tensor.name, tensor.dtype, tensor.shape);
+  }
+  add("logits", DType::F32, {engine.config().vocab_size});
+  return result;
 }
 
 // float32 logits, or with `routing` a tuple of them and int32 [len(ids), layers,
@@ -280,6 +326,10 @@ nb::object forward(Engine& engine, PyState& state, const Ids& ids, bool all_logi
       all_logits ? std::vector<size_t>{ids.shape(0), vocab} : std::vector<size_t>{vocab};
   nb::object logits = new_array(shape, "float32");
   Output out{.logits = reinterpret_cast<float*>(data_of(logits)), .all_logits = all_logits};
+  // All that could fail after the pass is done before it.
+  nb::object last = all_logits ? new_array({vocab}, "float32") : logits;
+  std::byte* const last_data = data_of(last);
+  last.attr("setflags")("write"_a = false);
   nb::object experts;
   if (routing) {
     experts = new_array({ids.shape(0), static_cast<size_t>(engine.config().layers()),
@@ -288,22 +338,35 @@ nb::object forward(Engine& engine, PyState& state, const Ids& ids, bool all_logi
     out.routing = reinterpret_cast<int32_t*>(data_of(experts));
   }
   const std::span<const int32_t> tokens(ids.data(), ids.shape(0));
-  {
-    nb::gil_scoped_release release;
-    const Turn turn(engine.turns(), SignalCheck(request));
-    const PyState::Use use(state);
-    const auto start = std::chrono::steady_clock::now();
-    engine.forward(state.state, tokens, out, SignalCheck(request));
-    if (request) {
-      request->seconds =
-          std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-    }
+  const PyState::Use hold(state);
+  const Use use(engine, request);
+  const int64_t before = state.state.position();
+  const auto start = std::chrono::steady_clock::now();
+  try {
+    const nb::gil_scoped_release release;
+    const auto check = [&engine, signals = SignalCheck(request)]() mutable {
+      if (engine.close_asked()) throw StateError("this model was closed in the middle of a call");
+      signals();
+    };
+    engine.forward(state.state, tokens, out, check);
+  } catch (...) {
+    // Some chunks may be done, and nobody knows what they predict.
+    if (state.state.position() != before) state.logits = nb::none();
+    throw;
   }
+  if (request) {
+    request->seconds =
+        std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  }
+  if (all_logits) {
+    std::memcpy(last_data, out.logits + (tokens.size() - 1) * vocab, vocab * sizeof(float));
+  }
+  state.logits = last;
   return routing ? nb::make_tuple(logits, experts) : logits;
 }
 
 nb::dict statistics(Engine& engine) {
-  const Turn turn = take_turn(engine);
+  const Use use(engine);
   const Engine::Statistics now = engine.statistics();
   nb::dict result;
   result["reads"] = now.experts.reads;
@@ -319,11 +382,12 @@ nb::dict statistics(Engine& engine) {
   result["slot_bytes"] = now.slot_bytes;
   result["activation_bytes"] = now.activation_bytes;
   result["head_seconds"] = now.head_seconds;
+  result["busy_seconds"] = now.busy_seconds;
   return result;
 }
 
 nb::list layer_times(Engine& engine) {
-  const Turn turn = take_turn(engine);
+  const Use use(engine);
   nb::list result;
   for (const LayerTimes& times : engine.statistics().layers) {
     nb::dict layer;
@@ -338,6 +402,12 @@ nb::list layer_times(Engine& engine) {
 }
 
 // The class of flashmoe.errors that an exception becomes.
+void raise(const void* name, const char* message) {
+  const nb::object type =
+      nb::module_::import_("flashmoe.errors").attr(static_cast<const char*>(name));
+  PyErr_SetString(type.ptr(), message);
+}
+
 template <typename Exception>
 void translate(const char* name) {
   nb::register_exception_translator(
@@ -345,19 +415,46 @@ void translate(const char* name) {
         try {
           std::rethrow_exception(pointer);
         } catch (const Exception& caught) {
-          const nb::object type =
-              nb::module_::import_("flashmoe.errors").attr(static_cast<const char*>(payload));
-          PyErr_SetString(type.ptr(), caught.what());
+          raise(payload, caught.what());
         }
       },
       const_cast<char*>(name));
 }
 
+// Before the interpreter ends; see core/process.h. Ctrl-C ends the wait.
+void end_program() {
+  end_calls();
+  while (calls_under_way() > 0) {
+    {
+      const nb::gil_scoped_release release;
+      std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    }
+    if (PyErr_CheckSignals() != 0) throw nb::python_error();
+  }
+}
+
 }  // namespace
 
 void bind_engine(nb::module_& m) {
+  watch_process();
+  nb::module_::import_("atexit").attr("register")(nb::cpp_function(end_program));
+
+  nb::register_exception_translator([](const std::exception_ptr& pointer, void*) {
+    try {
+      std::rethrow_exception(pointer);
+    } catch (const std::bad_alloc&) {
+      raise("OutOfMemoryError",
+            "the system does not grant the memory for this; end other programs, or give the "
+            "experts a smaller cache");
+    } catch (const std::system_error& error) {  // of std::thread
+      raise("OutOfMemoryError", (std::string("the system does not grant a thread: ") +
+                                 error.what() + "; end other programs, or give fewer threads")
+                                    .c_str());
+    }
+  });
   translate<CheckpointError>("CheckpointError");
   translate<DeviceError>("DeviceError");
+  translate<OutOfMemoryError>("OutOfMemoryError");
   translate<ReadError>("ReadError");
   translate<StateError>("StateError");
   translate<Stopped>("StoppedError");
@@ -365,7 +462,7 @@ void bind_engine(nb::module_& m) {
   nb::class_<Format>(m, "Format")
       .def(
           "__init__",
-          [](Format* self, int rows, int cols, const std::string& dtype, int bits, int group) {
+          [](Format* self, int rows, int cols, const char* dtype, int bits, int group) {
             new (self) Format{rows, cols, parse_dtype(dtype), bits, group};
           },
           "rows"_a, "cols"_a, "dtype"_a, "bits"_a = 0, "group"_a = 0);
@@ -373,8 +470,10 @@ void bind_engine(nb::module_& m) {
   nb::class_<CheckpointSpec>(m, "Checkpoint")
       .def(
           "__init__",
-          [](CheckpointSpec* self, std::vector<std::string> files) {
-            new (self) CheckpointSpec{std::move(files), {}, {}, {}};
+          [](CheckpointSpec* self, const nb::sequence& files) {
+            std::vector<std::string> paths;
+            for (nb::handle file : files) paths.emplace_back(nb::cast<const char*>(file));
+            new (self) CheckpointSpec{std::move(paths), {}, {}, {}};
           },
           "files"_a)
       .def("add_matrix", add_matrix, "name"_a, "format"_a, "parts"_a)
@@ -400,11 +499,17 @@ void bind_engine(nb::module_& m) {
       .def(
           "fork",
           [](PyState& self) {
-            const nb::gil_scoped_release release;
-            const PyState::Use use(self);
-            return new PyState{self.engine, self.state.fork()};
+            const PyState::Use hold(self);
+            self.engine.require_home();
+            std::optional<State> copy;
+            {
+              const nb::gil_scoped_release release;
+              copy = self.state.fork();
+            }
+            return new PyState(self.engine, std::move(*copy), self.logits);
           },
           nb::rv_policy::take_ownership, nb::keep_alive<0, 1>())
+      .def_prop_ro("logits", [](const PyState& self) { return self.logits; })
       .def("export", export_state)
       .def("restore", restore_state, "position"_a, "tensors"_a);
 
@@ -412,8 +517,8 @@ void bind_engine(nb::module_& m) {
       .def(
           "__init__",
           [](Engine* self, const nb::dict& config, const CheckpointSpec& checkpoint,
-             const std::string& backend, const std::string& precision, int threads,
-             int64_t cache_bytes, int chunk, const std::string& kernels, bool overlap,
+             const char* backend, const char* precision, int threads, int64_t cache_bytes,
+             int chunk, const char* kernels, bool overlap,
              const std::optional<nb::callable>& progress) {
             const Engine::Options options{backend, precision, threads, cache_bytes,
                                           chunk,   kernels,   overlap};
@@ -425,8 +530,9 @@ void bind_engine(nb::module_& m) {
                   static_cast<int>(experts.extents.size()) == parsed.num_experts * experts.parts(),
                   "Engine: a layer has another number of experts than the config");
             }
-            nb::gil_scoped_release release;
+            const Unlocked unlocked;
             new (self) Engine(parsed, checkpoint, options, [&](int64_t done, int64_t total) {
+              require_running();
               nb::gil_scoped_acquire gil;
               if (PyErr_CheckSignals() != 0) throw nb::python_error();
               if (progress) (*progress)(done, total);
@@ -439,20 +545,16 @@ void bind_engine(nb::module_& m) {
       .def(
           "new_state",
           [](Engine& self) {
-            const nb::gil_scoped_release release;
-            const Turn turn(self.turns(), SignalCheck());
-            return new PyState{self, self.new_state()};
+            const Use use(self);
+            return new PyState(self, self.new_state());
           },
           nb::rv_policy::take_ownership, nb::keep_alive<0, 1>())
+      .def("state_layout", state_layout, "position"_a)
       .def("forward", forward, "state"_a, "ids"_a, "all_logits"_a = false, "routing"_a = false,
            "request"_a = nb::none())
       .def("stats", statistics)
       .def("layer_times", layer_times)
-      .def("close", [](Engine& self) {
-        const nb::gil_scoped_release release;
-        const Turn turn(self.turns(), SignalCheck());
-        self.close();
-      });
+      .def("close", close);
 
   m.def("cpu_kernels", cpu_kernels);
   m.def("backends", Engine::backends);

@@ -1,5 +1,5 @@
-// `_native.ops`: a Backend's operations on numpy arrays. For tests and benchmarks, of this backend
-// or of another; the engine does not pass here.
+// `_native.ops`: a Backend's operations on numpy arrays, for tests, benchmarks and `flashmoe
+// doctor`; the engine does not pass here.
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
@@ -7,15 +7,16 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
 
-#include "backend/cpu/cpu_backend.h"
 #include "backend/cpu/kernels.h"
 #include "bindings/bindings.h"
+#include "model/engine.h"
 
 namespace nb = nanobind;
 
@@ -61,52 +62,121 @@ int extent(const Array& array, const char* name, size_t axis, size_t dimensions)
   return static_cast<int>(array.shape(axis));
 }
 
-// A Matrix that keeps its arrays alive.
+// A Matrix that keeps its arrays alive, or has copies of them in memory of a backend's.
 struct OwnedMatrix {
   Matrix matrix;
   std::vector<Bytes> parts;
+  std::vector<Buffer> buffers;
+
+  OwnedMatrix(OwnedMatrix&&) = default;
+  OwnedMatrix(const OwnedMatrix& other, Backend& backend) : matrix(other.matrix) {
+    const std::byte** into[] = {&matrix.weight, &matrix.scales, &matrix.biases};
+    for (size_t i = 0; i < other.parts.size(); ++i) {
+      buffers.push_back(backend.allocate(Memory::kWeights, other.parts[i].nbytes()));
+      std::memcpy(buffers.back().get(), other.parts[i].data(), other.parts[i].nbytes());
+      *into[i] = buffers.back().get();
+    }
+  }
 
   OwnedMatrix(int rows, int cols, const std::string& dtype, std::vector<Bytes> arrays, int bits,
               int group)
-      : matrix{rows, cols, parse_dtype(dtype), bits, group}, parts(std::move(arrays)) {
+      : parts(std::move(arrays)) {
+    const Format format{rows, cols, parse_dtype(dtype), bits, group};
     if (bits == 0 ? group != 0 : bits != 2 && bits != 4 && bits != 8) {
       throw std::invalid_argument("bits must be 2, 4, 8, or 0 with group 0 for a dense matrix");
     }
     if (bits != 0 && ((group != 32 && group != 64 && group != 128) || cols % group != 0)) {
       throw std::invalid_argument("group must be 32, 64 or 128 and divide the columns");
     }
-    const int64_t cells = int64_t{rows} * cols;
-    const int64_t element = static_cast<int64_t>(size_of(matrix.dtype));
-    std::vector<int64_t> bytes = {cells * element};
-    if (bits != 0) bytes = {cells * bits / 8, cells / group * element, cells / group * element};
-    if (parts.size() != bytes.size()) {
-      throw std::invalid_argument("expected " + std::to_string(bytes.size()) + " parts, found " +
+    if (static_cast<int>(parts.size()) != format.parts()) {
+      throw std::invalid_argument("expected " + std::to_string(format.parts()) + " parts, found " +
                                   std::to_string(parts.size()));
     }
-    const std::byte** into[] = {&matrix.weight, &matrix.scales, &matrix.biases};
-    for (size_t i = 0; i < parts.size(); ++i) {
-      if (static_cast<int64_t>(parts[i].nbytes()) != bytes[i]) {
+    const std::byte* pointers[3] = {};
+    for (int i = 0; i < format.parts(); ++i) {
+      if (static_cast<int64_t>(parts[i].nbytes()) != format.part_bytes(i)) {
         throw std::invalid_argument("part " + std::to_string(i) + ": expected " +
-                                    std::to_string(bytes[i]) + " bytes, found " +
+                                    std::to_string(format.part_bytes(i)) + " bytes, found " +
                                     std::to_string(parts[i].nbytes()));
       }
-      *into[i] = static_cast<const std::byte*>(parts[i].data());
+      pointers[i] = static_cast<const std::byte*>(parts[i].data());
     }
+    matrix = make_matrix(format, pointers);
   }
 };
 
 using ExpertTuple = std::tuple<const OwnedMatrix*, const OwnedMatrix*, const OwnedMatrix*,
                                In<int32_t>, In<int32_t>>;
 
+// A call's arrays where a backend computes: as they are where that is the host's memory, else
+// copies in memory of its own, which done() brings back.
+class Arrays {
+ public:
+  Arrays(Backend& backend, bool copied) : backend_(backend), copied_(copied) {}
+
+  template <class T>
+  const T* in(const In<T>& array) {
+    return copied_ ? static_cast<const T*>(copy(array.data(), array.nbytes())) : array.data();
+  }
+
+  // What the operation may also read, and writes.
+  template <class Array>
+  auto* out(const Array& array) {
+    auto* data = array.data();
+    if (!copied_) return data;
+    auto* copied = static_cast<decltype(data)>(copy(data, array.nbytes()));
+    back_.push_back({data, copied, array.nbytes()});
+    return copied;
+  }
+
+  void done() {
+    backend_.finish();
+    for (const Back& back : back_) std::memcpy(back.to, back.from, back.nbytes);
+  }
+
+ private:
+  struct Back {
+    void* to;
+    const void* from;
+    size_t nbytes;
+  };
+
+  void* copy(const void* data, size_t nbytes) {
+    buffers_.push_back(backend_.allocate(Memory::kExchange, nbytes));
+    return std::memcpy(buffers_.back().get(), data, nbytes);
+  }
+
+  Backend& backend_;
+  const bool copied_;
+  std::vector<Buffer> buffers_;
+  std::vector<Back> back_;
+};
+
 class Ops {
  public:
-  Ops(const std::string& precision, int threads) {
-    if (precision != "float32" && precision != "int8") {
-      throw std::invalid_argument("precision must be \"float32\" or \"int8\", not \"" + precision +
-                                  "\"");
-    }
-    backend_ =
-        make_cpu_backend(precision == "int8" ? Precision::kInt8 : Precision::kFloat32, threads);
+  Ops(const std::string& precision, int threads, const std::string& backend,
+      const std::string& kernels)
+      : backend_(make_backend(
+            {.backend = backend, .precision = precision, .threads = threads, .kernels = kernels})),
+        copied_(backend != "cpu") {}
+
+  // A matrix where this backend computes with it.
+  OwnedMatrix place(const OwnedMatrix& matrix) const { return {matrix, *backend_}; }
+
+  nb::dict times() const {
+    const DeviceTimes times = backend_->times();
+    nb::dict result;
+    result["committed"] = times.committed;
+    result["began"] = times.began;
+    result["ended"] = times.ended;
+    result["woken"] = times.woken;
+    return result;
+  }
+
+  nb::dict describe() const {
+    nb::dict result;
+    for (const auto& [name, value] : backend_->describe()) result[name.c_str()] = value;
+    return result;
   }
 
   Out<float> embed(const OwnedMatrix& table, In<int32_t> ids) {
@@ -116,8 +186,9 @@ class Ops {
       }
     }
     auto out = make<float>({ids.size(), static_cast<size_t>(table.matrix.cols)});
-    backend_->embed(table.matrix, {ids.data(), ids.size()}, out.data());
-    backend_->finish();
+    Arrays at(*backend_, copied_);
+    backend_->embed(table.matrix, {ids.data(), ids.size()}, at.out(out));
+    at.done();
     return out;
   }
 
@@ -125,8 +196,9 @@ class Ops {
     const int n = extent(x, "x", 0, 2), width = extent(x, "x", 1, 2);
     expect(weight, "weight", {width});
     auto out = make<float>({x.shape(0), x.shape(1)});
-    backend_->rms_norm(n, width, x.data(), weight.data(), eps, out.data());
-    backend_->finish();
+    Arrays at(*backend_, copied_);
+    backend_->rms_norm(n, width, at.in(x), at.in(weight), eps, at.out(out));
+    at.done();
     return out;
   }
 
@@ -156,13 +228,14 @@ class Ops {
     auto out = make<float>({x.shape(0), x.shape(1)});
     auto next = make<float>({state.shape(0), state.shape(1)});
     std::copy_n(x.data(), x.size(), out.data());
+    Arrays at(*backend_, copied_);
     backend_->causal_conv(n, {.channels = channels,
                               .kernel = kernel,
-                              .weight = weight.data(),
-                              .state_in = state.data(),
-                              .state_out = next.data(),
-                              .x = out.data()});
-    backend_->finish();
+                              .weight = at.in(weight),
+                              .state_in = at.in(state),
+                              .state_out = at.out(next),
+                              .x = at.out(out)});
+    at.done();
     return {out, next};
   }
 
@@ -184,22 +257,23 @@ class Ops {
     expect(norm, "norm", {value_dim});
     auto out = make<float>({z.shape(0), z.shape(1)});
     auto next = make<float>({state.shape(0), state.shape(1), state.shape(2)});
+    Arrays at(*backend_, copied_);
     backend_->gated_delta(n, {.key_heads = key_heads,
                               .value_heads = heads,
                               .key_dim = key_dim,
                               .value_dim = value_dim,
                               .norm_eps = eps,
-                              .a_log = a_log.data(),
-                              .dt_bias = dt_bias.data(),
-                              .norm = norm.data(),
-                              .qkv = qkv.data(),
-                              .z = z.data(),
-                              .a = a.data(),
-                              .b = b.data(),
-                              .state_in = state.data(),
-                              .state_out = next.data(),
-                              .out = out.data()});
-    backend_->finish();
+                              .a_log = at.in(a_log),
+                              .dt_bias = at.in(dt_bias),
+                              .norm = at.in(norm),
+                              .qkv = at.in(qkv),
+                              .z = at.in(z),
+                              .a = at.in(a),
+                              .b = at.in(b),
+                              .state_in = at.in(state),
+                              .state_out = at.out(next),
+                              .out = at.out(out)});
+    at.done();
     return {out, next};
   }
 
@@ -227,24 +301,25 @@ class Ops {
       throw std::invalid_argument("keys and values must both be float32 or uint16 (bfloat16)");
     }
     auto out = make<float>({q_gate.shape(0), static_cast<size_t>(heads) * k.shape(2)});
+    Arrays at(*backend_, copied_);
     backend_->attention(n, {.heads = heads,
                             .kv_heads = kv_heads,
                             .head_dim = dim,
                             .rotary_dim = rotary_dim,
                             .rope_theta = rope_theta,
                             .norm_eps = eps,
-                            .q_norm = q_norm.data(),
-                            .k_norm = k_norm.data(),
-                            .q_gate = q_gate.data(),
-                            .k = k.data(),
-                            .v = v.data(),
+                            .q_norm = at.in(q_norm),
+                            .k_norm = at.in(k_norm),
+                            .q_gate = at.in(q_gate),
+                            .k = at.in(k),
+                            .v = at.in(v),
                             .position = position,
                             .capacity = capacity,
                             .cache_dtype = half ? DType::BF16 : DType::F32,
-                            .keys = static_cast<std::byte*>(keys.data()),
-                            .values = static_cast<std::byte*>(values.data()),
-                            .out = out.data()});
-    backend_->finish();
+                            .keys = static_cast<std::byte*>(at.out(keys)),
+                            .values = static_cast<std::byte*>(at.out(values)),
+                            .out = at.out(out)});
+    at.done();
     return out;
   }
 
@@ -256,9 +331,18 @@ class Ops {
     }
     auto ids = make<int32_t>({logits.shape(0), static_cast<size_t>(experts_per_token)});
     auto weights = make<float>({logits.shape(0), static_cast<size_t>(experts_per_token)});
-    backend_->route(n, experts, experts_per_token, renormalise, logits.data(), ids.data(),
-                    weights.data());
-    backend_->finish();
+    auto finite = make<int32_t>({logits.shape(0)});
+    Arrays at(*backend_, copied_);
+    backend_->route(n, {.experts = experts,
+                        .experts_per_token = experts_per_token,
+                        .renormalise = renormalise,
+                        .logits = at.in(logits),
+                        .hidden = 0,
+                        .x = at.in(logits),
+                        .ids = at.out(ids),
+                        .weights = at.out(weights),
+                        .finite = at.out(finite)});
+    at.done();
     return {ids, weights};
   }
 
@@ -266,6 +350,8 @@ class Ops {
   Out<float> experts(In<float> x, const std::vector<ExpertTuple>& calls, int rows) {
     const int n = extent(x, "x", 0, 2), hidden = extent(x, "x", 1, 2);
     auto out = make<float>({static_cast<size_t>(rows), static_cast<size_t>(hidden)});
+    Arrays at(*backend_, copied_);
+    float* into = at.out(out);
     std::vector<ExpertCall> list;
     for (const auto& [gate, up, down, tokens, out_rows] : calls) {
       const Matrix &g = gate->matrix, &u = up->matrix, &d = down->matrix;
@@ -285,10 +371,10 @@ class Ops {
                       .down = d,
                       .tokens = {tokens.data(), tokens.size()},
                       .out_rows = {out_rows.data(), out_rows.size()},
-                      .out = out.data()});
+                      .out = into});
     }
-    backend_->experts(n, x.data(), list);
-    backend_->finish();
+    backend_->experts(n, at.in(x), list);
+    at.done();
     return out;
   }
 
@@ -302,31 +388,35 @@ class Ops {
     expect(shared_gate, "shared_gate", {n});
     auto out = make<float>({x.shape(0), x.shape(1)});
     std::copy_n(x.data(), x.size(), out.data());
+    Arrays at(*backend_, copied_);
     backend_->combine(n, {.hidden = hidden,
                           .experts_per_token = experts_per_token,
-                          .expert_out = expert_out.data(),
-                          .expert_weights = expert_weights.data(),
-                          .shared_out = shared_out.data(),
-                          .shared_gate = shared_gate.data(),
-                          .x = out.data()});
-    backend_->finish();
+                          .expert_out = at.in(expert_out),
+                          .expert_weights = at.in(expert_weights),
+                          .shared_out = at.in(shared_out),
+                          .shared_gate = at.in(shared_gate),
+                          .x = at.out(out)});
+    at.done();
     return out;
   }
 
  private:
   void multiply(int n, const In<float>& x, const std::vector<const OwnedMatrix*>& weights,
                 std::vector<Out<float>> outs, bool add) {
+    Arrays at(*backend_, copied_);
     std::vector<Product> products;
     for (size_t i = 0; i < weights.size(); ++i) {
       expect(x, "x", {n, weights[i]->matrix.cols});
-      products.push_back({&weights[i]->matrix, outs[i].data(), add});
+      products.push_back({&weights[i]->matrix, at.out(outs[i]), add});
     }
-    nb::gil_scoped_release release;
-    backend_->matmul(n, x.data(), products);
-    backend_->finish();
+    const float* input = at.in(x);
+    const Unlocked unlocked;
+    backend_->matmul(n, input, products);
+    at.done();
   }
 
-  std::unique_ptr<Backend> backend_;
+  const std::unique_ptr<Backend> backend_;
+  const bool copied_;
 };
 
 }  // namespace
@@ -343,7 +433,12 @@ void bind_ops(nb::module_& m) {
            nb::arg("cols"), nb::arg("dtype"), nb::arg("parts"), nb::arg("bits") = 0,
            nb::arg("group") = 0);
   nb::class_<Ops>(ops, "Backend")
-      .def(nb::init<const std::string&, int>(), nb::arg("precision"), nb::arg("threads"))
+      .def(nb::init<const std::string&, int, const std::string&, const std::string&>(),
+           nb::arg("precision"), nb::arg("threads"), nb::arg("backend") = "cpu",
+           nb::arg("kernels") = "")
+      .def("place", &Ops::place, nb::arg("matrix"), nb::keep_alive<0, 1>())
+      .def("times", &Ops::times)
+      .def("describe", &Ops::describe)
       .def("embed", &Ops::embed, nb::arg("table"), nb::arg("ids"))
       .def("rms_norm", &Ops::rms_norm, nb::arg("x"), nb::arg("weight"), nb::arg("eps"))
       .def("matmul", &Ops::matmul, nb::arg("x"), nb::arg("weights"))

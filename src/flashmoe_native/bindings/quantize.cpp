@@ -70,7 +70,7 @@ nb::tuple quantize(const Input& weight, const std::string& dtype, int bits, int 
   auto biases = allocate(groups, size_of(format.dtype));
   int64_t bad;
   {
-    nb::gil_scoped_release release;
+    const Unlocked unlocked;
     bad = quantize_affine(weight.data(), from, static_cast<int64_t>(groups), format,
                           reinterpret_cast<uint32_t*>(words.get()), scales.get(), biases.get());
   }
@@ -109,7 +109,7 @@ Output dequantize(const Input& words, const Input& scales, const Input& biases, 
   }
   auto weights = allocate(scales.size() * group, sizeof(float));
   {
-    nb::gil_scoped_release release;
+    const Unlocked unlocked;
     dequantize_affine(static_cast<const uint32_t*>(words.data()), scales.data(), biases.data(),
                       static_cast<int64_t>(scales.size()), format,
                       reinterpret_cast<float*>(weights.get()));

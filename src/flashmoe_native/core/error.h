@@ -16,6 +16,11 @@ struct ReadError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// The system does not grant the memory; nothing has changed.
+struct OutOfMemoryError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 // A GPU is absent, refused a kernel or could not finish its work.
 struct DeviceError : std::runtime_error {
   using std::runtime_error::runtime_error;

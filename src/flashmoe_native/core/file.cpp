@@ -49,10 +49,15 @@ int64_t read_cached([[maybe_unused]] int fd, [[maybe_unused]] int64_t offset,
 File::File(std::string path)
     : path_(std::move(path)), fd_(open(path_.c_str(), O_RDONLY | O_CLOEXEC)) {
   if (fd_ < 0) throw ReadError(path_ + ": cannot open: " + std::strerror(errno));
-#ifdef POSIX_FADV_RANDOM
+  struct stat status{};
+  fstat(fd_, &status);
+  size_ = status.st_size;
   // Every read says exactly what is wanted; reading ahead would fetch experts that nobody asked
   // for. Refusal is no error.
+#if defined(POSIX_FADV_RANDOM)
   posix_fadvise(fd_, 0, 0, POSIX_FADV_RANDOM);
+#elif defined(F_RDAHEAD)
+  fcntl(fd_, F_RDAHEAD, 0);
 #endif
 }
 
@@ -73,7 +78,10 @@ bool File::open_direct() {
   }
 #elif defined(F_NOCACHE)
   direct_ = open(path_.c_str(), O_RDONLY | O_CLOEXEC);
-  if (direct_ >= 0) fcntl(direct_, F_NOCACHE, 1);
+  if (direct_ >= 0) {
+    fcntl(direct_, F_NOCACHE, 1);
+    fcntl(direct_, F_RDAHEAD, 0);
+  }
 #endif
   return direct_ >= 0;
 }
@@ -92,6 +100,12 @@ int64_t File::read(int64_t offset, int64_t length, std::byte* to) const {
     }
   }
   return cached;
+}
+
+void File::forget([[maybe_unused]] int64_t offset, [[maybe_unused]] int64_t length) const {
+#ifdef POSIX_FADV_DONTNEED
+  posix_fadvise(fd_, offset, length, POSIX_FADV_DONTNEED);
+#endif
 }
 
 void File::read_direct(int64_t offset, int64_t length, std::byte* to) const {
@@ -117,6 +131,14 @@ void File::fail_short(int fd, int64_t offset, int64_t length, int64_t done) cons
   throw ReadError(describe(path_, offset, length) + ": the file ends after " +
                   std::to_string(done) + " of them (it is now " + std::to_string(status.st_size) +
                   " bytes long); it changed since it was opened");
+}
+
+void File::require_whole() const {
+  struct stat status{};
+  if (fstat(fd_, &status) == 0 && status.st_size >= size_) return;
+  throw ReadError(path_ + ": expected " + std::to_string(size_) + " bytes, found " +
+                  std::to_string(status.st_size) +
+                  "; it changed since it was opened: restore it, and open the model again");
 }
 
 std::byte* File::map(int64_t offset, size_t length) const {

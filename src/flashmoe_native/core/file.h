@@ -9,8 +9,13 @@ namespace flashmoe {
 
 class File {
  public:
-  // What read_direct() asks of offsets, lengths and addresses: to be multiples of it.
+  // What read_direct() asks of offsets, lengths and addresses: to be multiples of it. macOS asks
+  // for nothing.
+#ifdef __APPLE__
+  static constexpr int64_t kDirectUnit = 1;
+#else
   static constexpr int64_t kDirectUnit = 4096;
+#endif
 
   // Opens for reading; throws ReadError naming the file.
   explicit File(std::string path);
@@ -22,6 +27,8 @@ class File {
   // found. Returns how many of them were in the page cache, or -1 where the system cannot tell. It
   // can on Linux: a read with RWF_NOWAIT gives what is cached and refuses to wait for the disk.
   int64_t read(int64_t offset, int64_t length, std::byte* to) const;
+  // Lets the page cache forget what it holds of the range, where the system takes such advice.
+  void forget(int64_t offset, int64_t length) const;
 
   // Makes read_direct() possible; false where the system or the file system has no such reads.
   bool open_direct();
@@ -34,6 +41,9 @@ class File {
   // Throws ReadError.
   std::byte* map(int64_t offset, size_t length) const;
 
+  // Throws ReadError where the file is shorter than when it was opened.
+  void require_whole() const;
+
   const std::string& path() const { return path_; }
 
  private:
@@ -41,6 +51,7 @@ class File {
 
   std::string path_;
   int fd_ = -1;
+  int64_t size_ = 0;  // when it was opened
   int direct_ = -1;
 };
 

@@ -3,6 +3,7 @@
 
 #include <functional>
 #include <memory>
+#include <vector>
 
 namespace flashmoe {
 
@@ -15,8 +16,9 @@ class IoQueue {
   IoQueue(const IoQueue&) = delete;
   IoQueue& operator=(const IoQueue&) = delete;
 
-  // Tasks start in order and must not throw.
-  void submit(std::function<void()> task);
+  using Task = std::function<void()>;
+  // Tasks start in order and must not throw. All are taken, or where this throws, none.
+  void submit(std::vector<Task> tasks);
 
  private:
   struct Impl;

@@ -23,12 +23,15 @@ IoQueue::~IoQueue() {
   dispatch_group_wait(impl_->group, DISPATCH_TIME_FOREVER);
 }
 
-void IoQueue::submit(std::function<void()> task) {
-  auto* owned = new std::function<void()>(std::move(task));
-  dispatch_group_async_f(impl_->group, impl_->queue, owned, [](void* context) {
-    const std::unique_ptr<std::function<void()>> run(static_cast<std::function<void()>*>(context));
-    (*run)();
-  });
+void IoQueue::submit(std::vector<Task> tasks) {
+  std::vector<std::unique_ptr<Task>> owned;
+  for (Task& task : tasks) owned.push_back(std::make_unique<Task>(std::move(task)));
+  for (std::unique_ptr<Task>& task : owned) {
+    dispatch_group_async_f(impl_->group, impl_->queue, task.release(), [](void* context) {
+      const std::unique_ptr<Task> run(static_cast<Task*>(context));
+      (*run)();
+    });
+  }
 }
 
 }  // namespace flashmoe

@@ -1,6 +1,7 @@
 #if !defined(__APPLE__) && !defined(FLASHMOE_SIMULATED_DISPATCH)
 #include <condition_variable>
-#include <deque>
+#include <iterator>
+#include <list>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -12,7 +13,7 @@ namespace flashmoe {
 struct IoQueue::Impl {
   std::mutex mutex;
   std::condition_variable wake;
-  std::deque<std::function<void()>> tasks;
+  std::list<Task> tasks;  // whose ends are joined without memory
   bool stopping = false;
   std::vector<std::thread> threads;
 
@@ -41,10 +42,11 @@ struct IoQueue::Impl {
     while (true) {
       wake.wait(lock, [&] { return stopping || !tasks.empty(); });
       if (tasks.empty()) return;
-      auto task = std::move(tasks.front());
-      tasks.pop_front();
+      std::list<Task> first;
+      first.splice(first.end(), tasks, tasks.begin());
       lock.unlock();
-      task();
+      first.front()();
+      first.clear();
       lock.lock();
     }
   }
@@ -54,12 +56,13 @@ IoQueue::IoQueue(int width) : impl_(std::make_unique<Impl>(width)) {}
 
 IoQueue::~IoQueue() = default;
 
-void IoQueue::submit(std::function<void()> task) {
+void IoQueue::submit(std::vector<Task> tasks) {
+  std::list<Task> added(std::move_iterator(tasks.begin()), std::move_iterator(tasks.end()));
   {
     std::lock_guard lock(impl_->mutex);
-    impl_->tasks.push_back(std::move(task));
+    impl_->tasks.splice(impl_->tasks.end(), added);
   }
-  impl_->wake.notify_one();
+  impl_->wake.notify_all();
 }
 
 }  // namespace flashmoe

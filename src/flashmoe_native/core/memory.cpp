@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <new>
 
+#include "core/round.h"
+
 namespace flashmoe {
 namespace {
 
@@ -17,10 +19,6 @@ struct Mapping {
   void* base;
   size_t length;
 };
-
-size_t round_up(size_t value, size_t unit) {
-  return (value + unit - 1) / unit * unit;
-}
 
 void release(std::byte* data) {
   const Mapping mapping = reinterpret_cast<Mapping*>(data)[-1];

@@ -1,12 +1,13 @@
-// Large aligned memory straight from the operating system.
+// Memory that frees itself, and large aligned memory straight from the operating system.
 #pragma once
 
 #include <cstddef>
+#include <functional>
 #include <memory>
 
 namespace flashmoe {
 
-using Buffer = std::unique_ptr<std::byte[], void (*)(std::byte*)>;
+using Buffer = std::unique_ptr<std::byte[], std::function<void(std::byte*)>>;
 
 // `bytes` zeroed bytes, page-aligned; from 2 MiB on 2 MiB-aligned, and on huge pages where the
 // system gives them. No page is touched before its first use. Throws std::bad_alloc.
@@ -24,7 +25,7 @@ class Scratch {
  private:
   void* reserve(size_t bytes);
 
-  Buffer buffer_{nullptr, nullptr};
+  Buffer buffer_;
   size_t capacity_ = 0;
 };
 

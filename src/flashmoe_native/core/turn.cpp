@@ -10,7 +10,7 @@ namespace flashmoe {
 void Turns::take(const std::function<void()>& check) {
   const std::thread::id self = std::this_thread::get_id();
   std::unique_lock lock(mutex_);
-  if (std::find(queue_.begin(), queue_.end(), self) != queue_.end()) {
+  if (is_queued(self)) {
     throw StateError(
         "this thread is in the middle of a call to this model, so that a second one, as from a "
         "signal handler, would wait for ever; make it when the first has returned");
@@ -29,6 +29,15 @@ void Turns::take(const std::function<void()>& check) {
     }
     lock.lock();
   }
+}
+
+bool Turns::asked() {
+  std::lock_guard lock(mutex_);
+  return is_queued(std::this_thread::get_id());
+}
+
+bool Turns::is_queued(std::thread::id thread) const {
+  return std::find(queue_.begin(), queue_.end(), thread) != queue_.end();
 }
 
 void Turns::give_back() {

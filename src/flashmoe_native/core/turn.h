@@ -16,8 +16,12 @@ class Turns {
   // call would wait for that very call.
   void take(const std::function<void()>& check);
   void give_back();
+  // Whether this thread has the turn or waits for it.
+  bool asked();
 
  private:
+  bool is_queued(std::thread::id thread) const;
+
   std::mutex mutex_;
   std::condition_variable wake_;
   std::deque<std::thread::id> queue_;  // who has the turn, then who waits for it

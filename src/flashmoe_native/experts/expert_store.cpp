@@ -7,6 +7,8 @@
 
 #include "core/error.h"
 #include "core/finite.h"
+#include "core/round.h"
+#include "core/stopwatch.h"
 
 namespace flashmoe {
 namespace {
@@ -19,38 +21,23 @@ constexpr float kHalfLife = 64;
 constexpr float kPinned = std::numeric_limits<float>::infinity();
 constexpr float kEmpty = -1;
 
-using Clock = std::chrono::steady_clock;
-
-double seconds_since(Clock::time_point start) {
-  return std::chrono::duration<double>(Clock::now() - start).count();
-}
-
-int64_t round_up(int64_t value, int64_t to) {
-  return (value + to - 1) / to * to;
-}
-
 const Format* formats(const ExpertsSpec& spec, int matrix) {
   const Format* all[] = {&spec.gate, &spec.up, &spec.down};
   return all[matrix];
 }
 
-int64_t round_down(int64_t value, int64_t to) {
-  return value / to * to;
-}
-
 Matrix matrix_at(const Format& format, const std::byte* slot, const int64_t*& part) {
   const std::byte* parts[3] = {};
   for (int i = 0; i < format.parts(); ++i) parts[i] = slot + *part++;
-  return {format.rows,  format.cols, format.dtype, format.bits,
-          format.group, parts[0],    parts[1],     parts[2]};
+  return make_matrix(format, parts);
 }
 
-// Whether every part may be read past the page cache and used where it then lies.
+// Whether every file with experts may be read past the page cache.
 bool can_read_direct(const std::vector<std::unique_ptr<File>>& files,
-                     const std::vector<ExpertsSpec>& layers, int64_t alignment) {
+                     const std::vector<ExpertsSpec>& layers) {
   for (const ExpertsSpec& spec : layers) {
     for (const Extent& extent : spec.extents) {
-      if (extent.offset % alignment != 0 || !files[extent.file]->open_direct()) return false;
+      if (!files[extent.file]->open_direct()) return false;
     }
   }
   return true;
@@ -65,9 +52,8 @@ ExpertStore::ExpertStore(Backend& backend, IoQueue& io,
       files_(files),
       layers_(layers),
       alignment_(backend.weight_alignment()),
-      direct_(options.direct && can_read_direct(files, layers, alignment_)),
-      slab_(nullptr, [](std::byte*) {}) {
-  int64_t largest = 0, total = 0;
+      direct_(options.direct && can_read_direct(files, layers)) {
+  int64_t largest = 0, total = 0, most = 0;
   for (const ExpertsSpec& spec : layers_) {
     const int experts = static_cast<int>(spec.extents.size()) / spec.parts();
     for (int expert = 0; expert < experts; ++expert) {
@@ -75,6 +61,7 @@ ExpertStore::ExpertStore(Backend& backend, IoQueue& io,
     }
     layer_base_.push_back(total);
     total += experts;
+    most = std::max<int64_t>(most, experts);
   }
   slot_of_.assign(static_cast<size_t>(total), -1);
   // Huge pages and DMA like 2 MiB boundaries; in a cache the rounding would cost slots.
@@ -83,10 +70,15 @@ ExpertStore::ExpertStore(Backend& backend, IoQueue& io,
   stride_ = round_up(largest, huge ? kHugePage : kPage);
   const int64_t wanted = std::max<int64_t>(options.min_slots, options.cache_bytes / stride_);
   slots_.resize(static_cast<size_t>(std::min(total, wanted)));
-  slab_ = backend.allocate(static_cast<size_t>(slot_bytes()));
+  slab_ = backend.allocate(Memory::kSlots, static_cast<size_t>(slot_bytes()),
+                           static_cast<size_t>(stride_));
   uses_.assign(static_cast<size_t>(total), 0);
   worth_.assign(slots_.size(), kEmpty);
   unpinned_ = static_cast<int>(slots_.size());
+  // Room for all that these will ever hold, so that taking note of something never fails.
+  for (std::vector<int>* list : {&ahead_, &ready_, &given_, &landed_}) list->reserve(slots_.size());
+  arrived_.reserve(slots_.size());
+  backlog_.reserve(static_cast<size_t>(most));
 }
 
 ExpertStore::~ExpertStore() {
@@ -105,7 +97,8 @@ void ExpertStore::unpin(int slot) {
   ++unpinned_;
 }
 
-void ExpertStore::age(int tokens) {
+void ExpertStore::end_pass(int tokens) {
+  release();
   weight_ *= std::exp2(static_cast<float>(tokens) / kHalfLife);
   if (weight_ < 1e20f) return;
   const float factor = 1 / weight_;  // what becomes zero was used long ago
@@ -124,20 +117,23 @@ void ExpertStore::forget(int slot) {
 ExpertStore::Layout ExpertStore::layout(const ExpertsSpec& spec, int expert) const {
   Layout result;
   const Extent* extent = &spec.extents[static_cast<size_t>(expert) * spec.parts()];
-  // A direct read begins and ends at whole units, in the file and in the slot.
-  const int64_t unit = direct_ ? File::kDirectUnit : 1;
   for (int part = 0; part < spec.parts(); ++part, ++extent) {
+    // A direct read begins and ends at whole units, in the file and in the slot, where a part then
+    // lies as aligned as in the file. If that is not enough for kernels, the page cache reads it.
+    const bool direct = direct_ && (File::kDirectUnit == 1 || extent->offset % alignment_ == 0);
+    const int64_t unit = direct ? File::kDirectUnit : 1;
     const int64_t begin = round_down(extent->offset, unit);
     const int64_t end = extent->offset + extent->length;
     Piece* last = result.pieces.empty() ? nullptr : &result.pieces.back();
     // Neighbours in the file are one read, where the next part then lies as it should.
     const int64_t gap = last ? begin - (last->offset + last->length) : -1;
-    if (last && last->file == extent->file && extent->offset >= last->offset && gap <= kMaxGap &&
+    if (last && last->file == extent->file && last->direct == direct &&
+        extent->offset >= last->offset && gap <= kMaxGap &&
         (extent->offset - last->offset + last->slot_offset) % alignment_ == 0) {
       last->length = std::max(last->length, end - last->offset);
     } else {
       const int64_t slot_offset = round_up(result.bytes, std::max(unit, alignment_));
-      result.pieces.push_back({extent->file, begin, end - begin, slot_offset});
+      result.pieces.push_back({extent->file, begin, end - begin, slot_offset, direct});
       last = &result.pieces.back();
     }
     result.parts[part] = last->slot_offset + extent->offset - last->offset;
@@ -146,9 +142,11 @@ ExpertStore::Layout ExpertStore::layout(const ExpertsSpec& spec, int expert) con
   return result;
 }
 
-void ExpertStore::start(int layer, std::span<const int32_t> experts,
-                        std::span<const int32_t> uses) {
+void ExpertStore::start(int layer, std::span<const int32_t> experts, std::span<const int32_t> uses,
+                        bool then_next) {
+  release();
   layer_ = layer;
+  then_next_ = then_next;
   for (size_t i = 0; i < experts.size(); ++i) {
     uses_[index(layer, experts[i])] += weight_ * static_cast<float>(uses[i]);
   }
@@ -184,6 +182,13 @@ void ExpertStore::start(int layer, std::span<const int32_t> experts,
     statistics_.misses += static_cast<int64_t>(experts.size()) - hits;
   }
   read_backlog();
+  read_next_layer();
+}
+
+void ExpertStore::read_next_layer() {
+  if (!then_next_ || starved()) return;
+  then_next_ = false;
+  read_ahead(layer_ + 1);
 }
 
 void ExpertStore::read_ahead(int layer) {
@@ -216,6 +221,19 @@ bool ExpertStore::try_read(int layer, int expert, bool ahead) {
   if (unpinned_ == 0) return false;
   const int index =
       static_cast<int>(std::min_element(worth_.begin(), worth_.end()) - worth_.begin());
+  // What can fail comes first: a slot must never be said to hold what nobody reads.
+  const Layout expert_layout = layout(layers_[layer], expert);
+  std::vector<IoQueue::Task> reads;
+  for (const Piece& piece : expert_layout.pieces) {
+    reads.emplace_back([this, index, piece] { read(index, piece); });
+  }
+  {
+    // No read of the slot is under way, and none begins before its end is counted.
+    std::lock_guard lock(mutex_);
+    slots_[index].reads_left = static_cast<int>(reads.size());
+    slots_[index].failure = nullptr;
+  }
+  io_.submit(std::move(reads));
   pin(index);
   forget(index);
   Slot& slot = slots_[index];
@@ -225,39 +243,36 @@ bool ExpertStore::try_read(int layer, int expert, bool ahead) {
   slot.purpose = ahead ? Purpose::kAhead : Purpose::kAsked;
   slot.was_read = ahead;
   slot_of(layer, expert) = index;
-  const Layout expert_layout = layout(layers_[layer], expert);
   slot.parts = expert_layout.parts;
-  // No read of it is under way yet.
-  slot.reads_left = static_cast<int>(expert_layout.pieces.size());
-  slot.error.clear();
   ++in_flight_;
   if (ahead) {
     ahead_.push_back(index);
   } else {
     ++wanted_;
   }
-  for (const Piece& piece : expert_layout.pieces)
-    io_.submit([this, index, piece] { read(index, piece); });
   return true;
 }
 
 void ExpertStore::read(int slot, const Piece& piece) {
-  std::string error;
+  std::exception_ptr failure;
   int64_t cached = 0;
-  const auto start = Clock::now();
+  Stopwatch watch;
   try {
     std::byte* const to = memory(slot) + piece.slot_offset;
-    if (direct_) {
-      files_[piece.file]->read_direct(piece.offset, piece.length, to);
+    const File& file = *files_[piece.file];
+    if (piece.direct) {
+      file.read_direct(piece.offset, piece.length, to);
     } else {
-      cached = files_[piece.file]->read(piece.offset, piece.length, to);
+      cached = file.read(piece.offset, piece.length, to);
+      // What a slot keeps is not kept twice.
+      if (direct_) file.forget(piece.offset, piece.length);
     }
-  } catch (const ReadError& caught) {
-    error = caught.what();
+  } catch (...) {
+    failure = std::current_exception();
   }
-  const double elapsed = seconds_since(start);
+  const double elapsed = watch.lap();
   std::lock_guard lock(mutex_);
-  if (!error.empty()) slots_[slot].error = error;
+  if (failure) slots_[slot].failure = failure;
   statistics_.reads += 1;
   statistics_.bytes_read += piece.length;
   if (cached < 0) statistics_.bytes_cached = -1;
@@ -279,35 +294,33 @@ ExpertStore::Arrived ExpertStore::arrived(int slot) const {
   return result;
 }
 
-std::span<const ExpertStore::Arrived> ExpertStore::next(const std::function<void()>& check) {
+std::span<const ExpertStore::Arrived> ExpertStore::next(const std::function<void()>& finish,
+                                                        const std::function<void()>& check) {
+  if (starved()) {
+    finish();
+    release();
+  }
   while (ready_.empty() && in_flight_ > 0 && (wanted_ > 0 || starved())) {
     {
       std::unique_lock lock(mutex_);
-      const auto start = Clock::now();
+      Stopwatch watch;
       while (!landed_wake_.wait_for(lock, std::chrono::milliseconds(50),
                                     [&] { return !landed_.empty(); })) {
         lock.unlock();
         check();
         lock.lock();
       }
-      statistics_.wait_seconds += seconds_since(start);
+      statistics_.wait_seconds += watch.lap();
     }
-    const std::string error = absorb_landed();
-    if (!error.empty()) {
-      cancel();
-      throw ReadError(error);
-    }
+    absorb_landed();
     read_backlog();
   }
+  read_next_layer();
   return ready();
 }
 
 std::span<const ExpertStore::Arrived> ExpertStore::ready() {
-  const std::string error = absorb_landed();
-  if (!error.empty()) {
-    cancel();
-    throw ReadError(error);
-  }
+  absorb_landed();
   arrived_.clear();
   for (const int slot : ready_) arrived_.push_back(arrived(slot));
   given_.insert(given_.end(), ready_.begin(), ready_.end());
@@ -315,27 +328,35 @@ std::span<const ExpertStore::Arrived> ExpertStore::ready() {
   return arrived_;
 }
 
-// Takes note of the slots whose reads are done; the error of one that start() asked for, if any.
-std::string ExpertStore::absorb_landed() {
-  std::string error;
-  if (in_flight_ == 0) return error;
+// Takes note of the slots whose reads are done; if one that start() asked for failed, cancels the
+// rest and throws what was thrown there.
+void ExpertStore::absorb_landed() {
+  if (const std::exception_ptr failure = take_landed()) {
+    cancel();
+    std::rethrow_exception(failure);
+  }
+}
+
+std::exception_ptr ExpertStore::take_landed() {
+  std::exception_ptr failure;
+  if (in_flight_ == 0) return failure;
   std::lock_guard lock(mutex_);
   for (const int index : landed_) {
     Slot& slot = slots_[index];
     --in_flight_;
     slot.landed = true;
-    const bool failed = !slot.error.empty();
+    const bool failed = slot.failure != nullptr;
     if (failed) forget(index);
     if (slot.purpose == Purpose::kAsked) {
       --wanted_;
       ready_.push_back(index);
-      if (failed) error = slot.error;
+      if (failed) failure = slot.failure;
     } else if (failed || slot.purpose == Purpose::kVain) {
       unpin(index);
     }
   }
   landed_.clear();
-  return error;
+  return failure;
 }
 
 void ExpertStore::release() {
@@ -347,12 +368,13 @@ void ExpertStore::release() {
 void ExpertStore::cancel() {
   backlog_.clear();
   backlog_at_ = 0;
+  then_next_ = false;
   while (in_flight_ > 0) {
     {
       std::unique_lock lock(mutex_);
       landed_wake_.wait(lock, [&] { return !landed_.empty(); });
     }
-    absorb_landed();
+    take_landed();
   }
   for (const int slot : ahead_) {
     if (slots_[slot].purpose == Purpose::kAhead) unpin(slot);

@@ -1,15 +1,16 @@
 // Where each expert lies, the reads that bring it, and the slots they land in.
 //
-// A layer's experts are asked for together (start) and handed out as they land (next), so that the
-// first is computed while the others are still being read. Slots keep what they hold until they are
-// needed for another expert: with more slots than a layer needs, they are a cache. The expert whose
-// uses are fewest leaves first, where a use counts half after every kHalfLife tokens: that reads a
-// fifth less than least recently used (docs/performance.md). One thread uses a store.
+// A layer's experts are asked for together (start) and handed out as they land (ready, next), so
+// that the first is computed while the others are still being read. Slots keep what they hold until
+// they are needed for another expert: with more slots than a layer needs, they are a cache. The
+// expert whose uses are fewest leaves first, where a use counts half after every kHalfLife tokens:
+// that reads a fifth less than least recently used (docs/performance.md). One thread uses a store.
 #pragma once
 
 #include <array>
 #include <condition_variable>
 #include <cstdint>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -20,7 +21,7 @@
 #include "backend/backend.h"
 #include "core/file.h"
 #include "core/io_queue.h"
-#include "model/spec.h"
+#include "core/spec.h"
 
 namespace flashmoe {
 
@@ -60,24 +61,25 @@ class ExpertStore {
   ExpertStore& operator=(const ExpertStore&) = delete;
 
   // Starts reading what is not in a slot. `experts` are distinct, uses[i] is the number of tokens
-  // that need experts[i]. Only after all of the last start() was given and released, or cancelled.
-  void start(int layer, std::span<const int32_t> experts, std::span<const int32_t> uses);
-  // All experts of the layer that start() will be called for next will probably be needed: reads
-  // them, as far as slots reach, behind what is being read, and keeps them until that start(). Not
-  // while starved().
-  void read_ahead(int layer);
-  // The experts that have landed since the last call: at least one, or none when all were given.
-  // `check` is called now and then while waiting and may throw. Throws ReadError.
-  std::span<const Arrived> next(const std::function<void()>& check);
-  // Likewise but without waiting: perhaps none.
+  // that need experts[i]; `then_next` says that the next layer will need nearly all of its own,
+  // which are read behind these, as by read_ahead(). Only when all of the last start() was given
+  // and computed, or cancelled.
+  void start(int layer, std::span<const int32_t> experts, std::span<const int32_t> uses,
+             bool then_next);
+  // Those that were in a slot, to begin with: perhaps none.
   std::span<const Arrived> ready();
-  // True where reads wait for a slot: release() what has been computed.
-  bool starved() const { return backlog_at_ < backlog_.size(); }
-  // What next() has given is no longer needed.
-  void release();
-  // So many tokens have gone through all layers: earlier uses count for less.
-  void age(int tokens);
-  // Forgets the rest of start(), once reads under way have landed; releases everything.
+  // Those that have landed since: at least one, or none when all were given. Where reads wait for a
+  // slot, `finish` is called first, after which all that was given is computed and its slots are
+  // free. `check` is called now and then while waiting and may throw. Throws ReadError.
+  std::span<const Arrived> next(const std::function<void()>& finish,
+                                const std::function<void()>& check);
+  // All experts of the layer that start() will be called for next will probably be needed: reads
+  // them, as far as slots reach, behind what is being read, and keeps them until that start().
+  void read_ahead(int layer);
+  // So many tokens have gone through all layers, and everything given was computed: earlier uses
+  // count for less.
+  void end_pass(int tokens);
+  // Forgets the rest of start(), once reads under way have landed; what was given is not needed.
   void cancel();
 
   // Searches stored experts for an element, scale or bias that is infinite or NaN; says which file
@@ -98,13 +100,14 @@ class ExpertStore {
     Purpose purpose = Purpose::kAsked;
     bool was_read = false;                 // ahead: was in no slot before
     int reads_left = 0;                    // under mutex_
-    std::string error;                     // under mutex_
+    std::exception_ptr failure;            // of a read; under mutex_
     std::array<int64_t, kMaxParts> parts;  // where they begin in the slot
   };
 
   struct Piece {  // one read
     int file;
     int64_t offset, length, slot_offset;
+    bool direct;  // past the page cache
   };
 
   // How an expert lies in a slot, and the reads that bring it there.
@@ -119,7 +122,13 @@ class ExpertStore {
   int& slot_of(int layer, int expert) { return slot_of_[index(layer, expert)]; }
   bool try_read(int layer, int expert, bool ahead);
   void read_backlog();
-  std::string absorb_landed();
+  // Whether reads wait for a slot.
+  bool starved() const { return backlog_at_ < backlog_.size(); }
+  void read_next_layer();
+  // What was given is no longer needed.
+  void release();
+  void absorb_landed();
+  std::exception_ptr take_landed();
   void read(int slot, const Piece& piece);
   void pin(int slot);
   void unpin(int slot);
@@ -138,7 +147,7 @@ class ExpertStore {
   float weight_ = 1;          // of a use now; doubles every kHalfLife tokens
   int64_t stride_ = 0;
   std::vector<Slot> slots_;
-  Backend::Buffer slab_;
+  Buffer slab_;
   // How much a slot is worth keeping: its expert's uses_, less than any where it is empty,
   // infinitely much where it is pinned.
   std::vector<float> worth_;
@@ -147,6 +156,7 @@ class ExpertStore {
   int layer_ = 0;
   std::vector<int32_t> backlog_;  // experts that wait for a slot, from backlog_at_ on
   size_t backlog_at_ = 0;
+  bool then_next_ = false;  // the next layer's are to be read when nothing waits for a slot
   int in_flight_ = 0;       // slots being read
   int wanted_ = 0;          // of them, those that start() asked for
   std::vector<int> ahead_;  // slots that read_ahead() pinned

@@ -1,22 +1,35 @@
 #include "model/engine.h"
 
 #include <algorithm>
-#include <chrono>
 
 #include "backend/cpu/cpu_backend.h"
 #include "backend/metal/metal_backend.h"
 #include "core/error.h"
+#include "core/stopwatch.h"
 
 namespace flashmoe {
 namespace {
 
 constexpr int kReadsAtOnce = 8;
 
-Precision parse_precision(const std::string& name) {
-  if (name == "float32") return Precision::kFloat32;
-  if (name == "int8") return Precision::kInt8;
-  throw std::invalid_argument("precision is not \"float32\" or \"int8\": " + name);
+std::unique_ptr<Backend> open_backend(const Engine::Options& options, const ModelConfig& config) {
+  std::unique_ptr<Backend> backend = make_backend(options);
+  backend->require({.conv_taps = config.linear_conv_kernel_dim,
+                    .key_dim = config.linear_key_head_dim,
+                    .value_dim = config.linear_value_head_dim,
+                    .head_dim = config.head_dim,
+                    .experts = config.num_experts,
+                    .experts_per_token = config.experts_per_token});
+  return backend;
 }
+
+std::vector<std::unique_ptr<File>> open_all(const std::vector<std::string>& paths) {
+  std::vector<std::unique_ptr<File>> files;
+  for (const std::string& path : paths) files.push_back(std::make_unique<File>(path));
+  return files;
+}
+
+}  // namespace
 
 std::unique_ptr<Backend> make_backend(const Engine::Options& options) {
   if (options.backend == "cpu") {
@@ -27,14 +40,6 @@ std::unique_ptr<Backend> make_backend(const Engine::Options& options) {
 #endif
   throw std::invalid_argument("no such backend here: " + options.backend);
 }
-
-std::vector<std::unique_ptr<File>> open_all(const std::vector<std::string>& paths) {
-  std::vector<std::unique_ptr<File>> files;
-  for (const std::string& path : paths) files.push_back(std::make_unique<File>(path));
-  return files;
-}
-
-}  // namespace
 
 std::vector<std::string> Engine::backends() {
 #ifdef FLASHMOE_METAL
@@ -49,7 +54,7 @@ Engine::Engine(ModelConfig config, CheckpointSpec spec, const Options& options,
     : config_(std::move(config)),
       spec_(std::move(spec)),
       options_(options),
-      backend_(make_backend(options)),
+      backend_(open_backend(options, config_)),
       files_(open_all(spec_.files)),
       io_(std::make_unique<IoQueue>(kReadsAtOnce)),
       weights_(std::make_unique<Weights>(*backend_, *io_, files_, spec_, config_, progress)) {
@@ -76,7 +81,11 @@ State Engine::new_state() {
 void Engine::forward(State& state, std::span<const int32_t> ids, const Output& out,
                      const std::function<void()>& check) {
   require_open();
-  const auto start = std::chrono::steady_clock::now();
+  // A weight that is a part of its file's pages would end the process where the file no longer is.
+  if (weights_->mapped) {
+    for (const auto& file : files_) file->require_whole();
+  }
+  Stopwatch watch;
   const auto chunk = static_cast<size_t>(forward_->chunk());
   for (size_t begin = 0; begin < ids.size(); begin += chunk) {
     const auto part = ids.subspan(begin, std::min(chunk, ids.size() - begin));
@@ -91,8 +100,7 @@ void Engine::forward(State& state, std::span<const int32_t> ids, const Output& o
     rows_ += static_cast<int64_t>(part.size());
     forward_->run(state, part, of_part, check);
   }
-  forward_seconds_ +=
-      std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  forward_seconds_ += watch.lap();
 }
 
 Engine::Statistics Engine::statistics() const {
@@ -104,13 +112,36 @@ Engine::Statistics Engine::statistics() const {
           .slot_bytes = store_->slot_bytes(),
           .activation_bytes = forward_->bytes(),
           .layers = forward_->layer_times(),
-          .head_seconds = forward_->head_seconds()};
+          .head_seconds = forward_->head_seconds(),
+          .busy_seconds = backend_->busy_seconds()};
 }
 
 void Engine::close() {
   forward_.reset();
   store_.reset();
   weights_.reset();
+  io_.reset();
+  files_.clear();
+  backend_->stop();  // states still have memory of it
+}
+
+Engine::~Engine() {
+  if (origin_.elsewhere()) abandon();
+}
+
+void Engine::require_home() const {
+  if (!origin_.elsewhere()) return;
+  throw StateError(
+      "this model was opened before this process was forked, and its threads are not here: open it "
+      "again in this process, or start processes with multiprocessing's \"spawn\"");
+}
+
+void Engine::abandon() {
+  static_cast<void>(forward_.release());
+  static_cast<void>(store_.release());
+  static_cast<void>(weights_.release());
+  static_cast<void>(io_.release());
+  static_cast<void>(backend_.release());
   files_.clear();
 }
 

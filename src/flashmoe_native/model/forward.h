@@ -9,6 +9,7 @@
 
 #include "backend/backend.h"
 #include "experts/expert_store.h"
+#include "model/activations.h"
 #include "model/config.h"
 #include "model/state.h"
 #include "model/weights.h"
@@ -18,11 +19,11 @@ namespace flashmoe {
 // Where the time of a layer went, in seconds, as the host saw it: with a backend that works beside
 // the host, an operation's time is counted where the host waits for it.
 struct LayerTimes {
-  double mixer = 0;    // norm, GatedDeltaNet or attention
+  double mixer = 0;    // GatedDeltaNet or attention
   double router = 0;   // norm, router, choice of experts
   double wait = 0;     // for experts from disk
   double experts = 0;  // the shared one too
-  double combine = 0;
+  double combine = 0;  // their sum, and the norm that the next layer begins with
 };
 
 // What a forward pass of n tokens gives; null asks for nothing.
@@ -53,13 +54,19 @@ class Forward {
   double head_seconds() const { return head_seconds_; }
 
  private:
-  float* floats(size_t count);
+  void* take(size_t bytes, Memory memory);
+  void run_layer(int layer, int n, State& state, const std::function<void()>& check);
+  // x += mixer(normed).
   void linear_attention(int layer, int n, const State& state);
   void full_attention(int layer, int n, State& state);
-  void mixture_of_experts(int layer, int n, int32_t* routing, const std::function<void()>& check);
+  // What combine() adds to x: expert_out, expert_weights, shared_out, shared_gate of normed.
+  void mixture_of_experts(int layer, int n, const std::function<void()>& check);
+  void run_experts(int layer, int n, const std::function<void()>& check);
+  // normed = rms_norm(x), n rows from `row` on.
+  void norm(int row, int n, const float* weight);
   void group_by_expert(int n);
-  void copy_routing(int layer, int n, int32_t* routing) const;
   ExpertCall call_of(const ExpertStore::Arrived& expert) const;
+  void copy_routing(int layer, int n, int32_t* routing) const;
   void check_finite(int layer, int n) const;
   void head(int n, bool all_logits, float* logits);
 
@@ -69,35 +76,15 @@ class Forward {
   ExpertStore& store_;
   const int chunk_;
   int64_t bytes_ = 0;
-  std::vector<Backend::Buffer> buffers_;
+  std::vector<Buffer> buffers_;
+  const Activations act_;
 
   // The recurrent states that a run writes; they change places with the State's when it succeeds.
   std::vector<DeltaState> next_deltas_;
 
-  // Activations, a row a token.
-  float* x_;       // [chunk, hidden] the residual stream
-  float* normed_;  // [chunk, hidden]
-  float* wide_;    // qkv of a GatedDeltaNet layer, or query and gate of an attention layer
-  float* z_;       // gate of a GatedDeltaNet layer, or keys of an attention layer
-  float* values_;  // values of an attention layer
-  float* a_;       // [chunk, value_heads]
-  float* b_;       // [chunk, value_heads]
-  float* mixed_;   // what the mixer gives before its output projection
-
-  float* router_logits_;   // [chunk, experts]
-  int32_t* ids_;           // [chunk, experts_per_token]: experts of each token
-  float* expert_weights_;  // [chunk, experts_per_token]
-  float* expert_out_;      // [chunk * experts_per_token, hidden]
-  float* shared_out_;      // [chunk, hidden]
-  float* shared_gate_;     // [chunk]
-  float* logits_;          // [kHeadRows, vocab]
-
-  // The chunk's (token, choice) pairs sorted by expert: those of expert e at first_[e] .. first_[e
-  // + 1].
+  // Of the chunk's pairs, which are sorted by expert, those of expert e are first_[e] to
+  // first_[e + 1].
   std::vector<int32_t> first_;
-  int32_t* tokens_;              // token of each pair
-  int32_t* rows_;                // its row of expert_out_
-  int32_t* every_;               // 0, 1, ..., chunk - 1
   std::vector<int32_t> needed_;  // experts of the layer, and how many tokens need each
   std::vector<int32_t> uses_;
   std::vector<ExpertCall> calls_;

@@ -3,6 +3,8 @@
 
 #include <condition_variable>
 #include <cstdint>
+#include <exception>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -11,7 +13,7 @@
 #include "backend/backend.h"
 #include "core/file.h"
 #include "core/io_queue.h"
-#include "model/spec.h"
+#include "core/spec.h"
 #include "model/weights.h"
 
 namespace flashmoe {
@@ -36,7 +38,8 @@ class Loader {
   void finish(const Progress& progress);
 
   int64_t bytes() const { return bytes_; }
-  std::vector<Backend::Buffer> take_buffers() { return std::move(buffers_); }
+  bool mapped() const { return mapped_; }
+  std::vector<Buffer> take_buffers() { return std::move(buffers_); }
 
  private:
   struct Part {
@@ -47,19 +50,33 @@ class Loader {
     DType dtype;
   };
 
+  // Neighbours in a file, mapped together.
+  struct Run {
+    int64_t begin, end;
+    std::byte* data = nullptr;
+    bool tried = false;
+  };
+
+  // The runs of tensors that may be used where they lie in their files.
+  void find_runs();
+  // Where such a tensor is, or null.
+  std::byte* map(const Extent& extent);
   // Where a tensor's bytes are, or will be after finish().
   std::byte* place(const std::vector<Extent>& extents, int64_t length);
   std::byte* allocate(int64_t length);
   std::vector<float> floats(const std::string& name);
   const float* keep(const std::vector<float>& values);
   void read(const std::vector<Extent>& extents, std::byte* to);
+  // Reads into `to`, or where that is null only so that the page cache has the bytes.
   void submit(const File& file, int64_t offset, int64_t length, std::byte* to);
 
   Backend& backend_;
   IoQueue& io_;
   const std::vector<std::unique_ptr<File>>& files_;
   const CheckpointSpec& spec_;
-  std::vector<Backend::Buffer> buffers_;
+  std::vector<Buffer> buffers_;
+  std::map<int, std::vector<Run>> runs_;  // by file, in order
+  bool mapped_ = false;
   std::byte* block_ = nullptr;  // what is left of a block that small tensors share
   int64_t block_left_ = 0;
   int64_t bytes_ = 0;
@@ -67,8 +84,9 @@ class Loader {
 
   std::mutex mutex_;
   std::condition_variable done_wake_;
-  int64_t submitted_ = 0, done_ = 0;  // bytes; under mutex_
-  std::string error_;                 // under mutex_
+  int64_t submitted_ = 0;       // bytes, by the thread that loads
+  int64_t done_ = 0;            // bytes; under mutex_
+  std::exception_ptr failure_;  // of a read; under mutex_
 };
 
 }  // namespace flashmoe

@@ -2,6 +2,11 @@
 
 #include <algorithm>
 #include <cstring>
+#include <new>
+#include <string>
+#include <utility>
+
+#include "core/error.h"
 
 namespace flashmoe {
 namespace {
@@ -10,10 +15,6 @@ constexpr int64_t kCacheStep = 256;  // caches grow by half, in multiples of so 
 
 int64_t padded(int64_t tokens) {
   return (tokens + kCacheStep - 1) / kCacheStep * kCacheStep;
-}
-
-Backend::Buffer none() {
-  return {nullptr, [](std::byte*) {}};
 }
 
 size_t conv_bytes_of(const ModelConfig& config) {
@@ -32,10 +33,10 @@ std::vector<DeltaState> allocate_deltas(Backend& backend, const ModelConfig& con
   std::vector<DeltaState> result;
   for (const bool attention : config.attention_layers) {
     if (attention) {
-      result.push_back({none(), none()});
+      result.push_back({});
     } else {
-      result.push_back(
-          {backend.allocate(conv_bytes_of(config)), backend.allocate(recurrent_bytes_of(config))});
+      result.push_back({backend.allocate(Memory::kState, conv_bytes_of(config)),
+                        backend.allocate(Memory::kState, recurrent_bytes_of(config))});
     }
   }
   return result;
@@ -47,9 +48,7 @@ State::State(Backend& backend, const ModelConfig& config, DType cache_dtype)
       backend_(&backend),
       config_(&config),
       cache_dtype_(cache_dtype) {
-  for (int layer = 0; layer < config.layers(); ++layer) {
-    key_values_->layers.push_back({none(), none()});
-  }
+  key_values_->layers.resize(config.layers());
 }
 
 size_t State::conv_bytes() const {
@@ -74,7 +73,8 @@ int64_t State::bytes() const {
 KeyValueCache State::copy(const KeyValueCache& old, int64_t length, int64_t capacity) const {
   const size_t row = row_bytes(), held = row * length;
   const size_t bytes = row * config_->num_key_value_heads * capacity;
-  KeyValueCache fresh{backend_->allocate(bytes), backend_->allocate(bytes), capacity};
+  KeyValueCache fresh{backend_->allocate(Memory::kState, bytes),
+                      backend_->allocate(Memory::kState, bytes), capacity};
   for (int head = 0; held > 0 && head < config_->num_key_value_heads; ++head) {
     const size_t to = row * head * capacity, from = row * head * old.capacity;
     std::memcpy(fresh.keys.get() + to, old.keys.get() + from, held);
@@ -83,13 +83,47 @@ KeyValueCache State::copy(const KeyValueCache& old, int64_t length, int64_t capa
   return fresh;
 }
 
-void State::reserve(int64_t tokens) {
+std::vector<StateTensor> State::tensors(int64_t position) const {
+  std::vector<StateTensor> result;
+  for (int layer = 0; layer < config_->layers(); ++layer) {
+    const std::string prefix = "layers." + std::to_string(layer) + ".";
+    if (config_->attention_layers[layer]) {
+      const KeyValueCache& cache = this->cache(layer);
+      const auto add = [&](const char* name, const Buffer& buffer) {
+        result.push_back({prefix + name,
+                          cache_dtype_,
+                          {config_->num_key_value_heads, position, config_->head_dim},
+                          buffer.get(),
+                          static_cast<size_t>(config_->num_key_value_heads),
+                          row_bytes() * static_cast<size_t>(position),
+                          row_bytes() * static_cast<size_t>(cache.capacity)});
+      };
+      add("keys", cache.keys);
+      add("values", cache.values);
+    } else {
+      const auto add = [&](const char* name, std::vector<int64_t> shape, size_t bytes,
+                           const Buffer& buffer) {
+        result.push_back(
+            {prefix + name, DType::F32, std::move(shape), buffer.get(), 1, bytes, bytes});
+      };
+      add("conv", {config_->linear_conv_kernel_dim - 1, config_->conv_channels()}, conv_bytes(),
+          deltas[layer].conv);
+      add("recurrent",
+          {config_->linear_num_value_heads, config_->linear_key_head_dim,
+           config_->linear_value_head_dim},
+          recurrent_bytes(), deltas[layer].recurrent);
+    }
+  }
+  return result;
+}
+
+void State::reserve(int64_t tokens) try {
   if (key_values_->length > position_) {  // another state has gone on, or had until it was freed
     if (key_values_.use_count() > 1) {
       auto own = std::make_shared<KeyValues>();
       for (const KeyValueCache& old : key_values_->layers) {
         own->layers.push_back(old.capacity > 0 ? copy(old, position_, padded(tokens))
-                                               : KeyValueCache{none(), none()});
+                                               : KeyValueCache{});
       }
       key_values_ = std::move(own);
     }
@@ -105,6 +139,12 @@ void State::reserve(int64_t tokens) {
   for (const KeyValueCache& cache : key_values_->layers) capacity += cache.capacity;
   key_values_->bytes =
       static_cast<int64_t>(2 * row_bytes()) * config_->num_key_value_heads * capacity;
+} catch (const std::bad_alloc&) {
+  throw OutOfMemoryError("the system does not grant the memory for keys and values of " +
+                         std::to_string(tokens) + " tokens; the state still holds " +
+                         std::to_string(position_) +
+                         ": end other programs, give the experts a smaller cache, or a shorter "
+                         "context");
 }
 
 State State::fork() const {

@@ -2,8 +2,10 @@
 #pragma once
 
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "backend/backend.h"
@@ -11,8 +13,8 @@
 
 namespace flashmoe {
 
-struct KeyValueCache {           // of an attention layer
-  Backend::Buffer keys, values;  // [kv_heads, capacity, head_dim]
+struct KeyValueCache {  // of an attention layer
+  Buffer keys, values;  // [kv_heads, capacity, head_dim]
   int64_t capacity = 0;
 };
 
@@ -24,9 +26,19 @@ struct KeyValues {
   std::atomic<int64_t> bytes = 0;     // read by threads that do not have their turn
 };
 
-struct DeltaState {           // of a GatedDeltaNet layer
-  Backend::Buffer conv;       // float [kernel - 1, channels]
-  Backend::Buffer recurrent;  // float [value_heads, key_dim, value_dim]
+struct DeltaState {  // of a GatedDeltaNet layer
+  Buffer conv;       // float [kernel - 1, channels]
+  Buffer recurrent;  // float [value_heads, key_dim, value_dim]
+};
+
+// A tensor of a state, as it is exported and restored: `blocks` runs of `block_bytes`, one after
+// the other in the tensor and `stride` bytes apart in the state's own memory.
+struct StateTensor {
+  std::string name;  // such as layers.3.keys
+  DType dtype;
+  std::vector<int64_t> shape;
+  std::byte* data;
+  size_t blocks, block_bytes, stride;
 };
 
 class State {
@@ -39,12 +51,15 @@ class State {
   State fork() const;
   // Makes room for `tokens` in every cache, behind what this state holds of them. Where another
   // state has written there, this one gets keys and values of its own. A cache at a time is copied.
+  // Throws OutOfMemoryError; the state is then as it was.
   void reserve(int64_t tokens);
 
   int64_t position() const { return position_; }
   DType cache_dtype() const { return cache_dtype_; }
   int64_t bytes() const;  // shared keys and values too
   const KeyValues& key_values() const { return *key_values_; }
+  // All tensors of a state of so many tokens; their memory is this one's where it is that long.
+  std::vector<StateTensor> tensors(int64_t position) const;
   // Bytes of one layer's buffers.
   size_t conv_bytes() const;
   size_t recurrent_bytes() const;

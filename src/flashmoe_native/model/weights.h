@@ -9,8 +9,8 @@
 #include "backend/backend.h"
 #include "core/file.h"
 #include "core/io_queue.h"
+#include "core/spec.h"
 #include "model/config.h"
-#include "model/spec.h"
 
 namespace flashmoe {
 
@@ -52,9 +52,10 @@ class Weights {
   const float* norm = nullptr;
   std::vector<LayerWeights> layers;
   int64_t bytes = 0;
+  bool mapped = false;  // some are pages of their files
 
  private:
-  std::vector<Backend::Buffer> buffers_;
+  std::vector<Buffer> buffers_;
 };
 
 }  // namespace flashmoe

@@ -8,6 +8,8 @@
 namespace flashmoe {
 
 enum class Precision { kFloat32, kInt8 };
+// "float32" or "int8"; throws std::invalid_argument.
+Precision parse_precision(const std::string& name);
 
 // `threads` computes with so many threads, the caller's among them. Results do not depend on it,
 // nor on how tokens are divided into calls. kInt8 quantises the inputs of quantised matrices to 8

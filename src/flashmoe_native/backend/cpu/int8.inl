@@ -17,43 +17,52 @@ FLASHMOE_INLINE float pairwise_sum(const Block<Floats>& sums) {
 // end to end. The far request goes to the second-level cache, which can wait for many lines at
 // once, the near one brings them on: with the first level alone, which can wait for few, Zen 4
 // reads at three quarters of the rate.
-template <int Bits, int Group, DType D>
+template <class Format>
 FLASHMOE_INLINE void prefetch_ahead(const Matrix& m, const uint8_t* weight, int64_t group) {
-  constexpr int kFar = 12288, kNear = 1024, kGroupBytes = Group * Bits / 8;
-  for (int line = 0; line < 16 * kGroupBytes; line += 64) {
+  constexpr int kFar = 12288, kNear = 1024;
+  for (int line = 0; line < 16 * Format::kGroupBytes; line += 64) {
     prefetch_far(weight + kFar + line);
     __builtin_prefetch(weight + kNear + line);
   }
-  const int64_t far = (group + kFar / kGroupBytes) * static_cast<int64_t>(size_of(D));
+  const int64_t far = (group + kFar / Format::kGroupBytes) * Format::kScaleBytes;
   prefetch_far(m.scales + far);
   prefetch_far(m.biases + far);
 }
 
+// What 16 groups, `count` of them there, add to the partial sums.
+template <class Format>
+FLASHMOE_INLINE void add_groups(const Matrix& m, const uint8_t* weight, int64_t group, int count,
+                                const int8_t* values, const float* input_scales,
+                                const float* input_sums, Block<Floats>& sums) {
+  prefetch_ahead<Format>(m, weight, group);
+  const Block<Floats> scales = Format::scales(m, group, count);
+  const Block<Floats> biases = Format::biases(m, group, count);
+  const Block<Ints> dots = group_dots<Format>(weight, count, values);
+  for (int i = 0; i < kParts; ++i) {
+    const Floats exact = __builtin_convertvector(dots.part[i], Floats);
+    const Floats term = scales.part[i] * exact + biases.part[i] * load(input_sums + i * kLanes);
+    sums.part[i] += term * load(input_scales + i * kLanes);
+  }
+}
+
 // One token at a time: a vector holds groups.
-template <int Bits, int Group, DType D>
+template <class Format>
 FLASHMOE_INLINE float row_product(const Matrix& m, int64_t row, const Int8Input& x,
                                   ptrdiff_t token) {
-  constexpr int kGroupBytes = Group * Bits / 8;
   const int64_t first = row * x.groups;
-  const auto* weight = reinterpret_cast<const uint8_t*>(m.weight) + first * kGroupBytes;
+  const auto* weight = reinterpret_cast<const uint8_t*>(m.weight) + first * Format::kGroupBytes;
   const int8_t* values = x.values + token * x.stride;
-  const float* input_scales = x.scales + token * x.group_stride;
+  const float* scales = x.scales + token * x.group_stride;
   const float* input_sums = x.sums + token * x.group_stride;
   Block<Floats> sums = {};
-  for (int g = 0; g < x.groups; g += 16) {
-    const int count = x.groups - g < 16 ? x.groups - g : 16;
-    prefetch_ahead<Bits, Group, D>(m, weight + g * kGroupBytes, first + g);
-    const Block<Floats> scales = load_block<D>(m.scales, first + g, count);
-    const Block<Floats> biases = load_block<D>(m.biases, first + g, count);
-    const Block<Ints> dots = group_dots<Bits, Group>(weight + g * kGroupBytes, count,
-                                                     values + g * (Group * Bits / 8) * (8 / Bits));
-    for (int i = 0; i < kParts; ++i) {
-      const Floats exact = __builtin_convertvector(dots.part[i], Floats);
-      const Floats term =
-          scales.part[i] * exact + biases.part[i] * load(input_sums + g + i * kLanes);
-      sums.part[i] += term * load(input_scales + g + i * kLanes);
-    }
-  }
+  int g = 0;
+  const auto add = [&](int count) __attribute__((always_inline)) {
+    add_groups<Format>(m, weight + g * Format::kGroupBytes, first + g, count,
+                       values + g * Format::kGroupBytes * Format::kPlanes, scales + g,
+                       input_sums + g, sums);
+  };
+  for (; g + 16 <= x.groups; g += 16) add(16);
+  if (g < x.groups) add(x.groups - g);
   return pairwise_sum(sums);
 }
 
@@ -73,40 +82,31 @@ FLASHMOE_INLINE Block<Floats> add_partners(const Block<Floats>& sums) {
 
 // As many rows as the input has copies: a vector holds the groups of them all. The sums of a row
 // that lanes 8 to 15, ... would hold are zero, and are left out.
-template <int Bits, int Group, DType D>
+template <class Format>
 FLASHMOE_INLINE void short_rows_product(const Matrix& m, int64_t row, const Int8Input& x,
                                         ptrdiff_t token, float (&products)[16]) {
   const int64_t first = row * x.groups;
-  const auto* weight = reinterpret_cast<const uint8_t*>(m.weight) + first * (Group * Bits / 8);
-  prefetch_ahead<Bits, Group, D>(m, weight, first);
-  const Block<Floats> scales = load_block<D>(m.scales, first, 16);
-  const Block<Floats> biases = load_block<D>(m.biases, first, 16);
-  const Block<Ints> dots = group_dots<Bits, Group>(weight, 16, x.values + token * x.stride);
-  const float* input_scales = x.scales + token * x.group_stride;
-  const float* input_sums = x.sums + token * x.group_stride;
+  const auto* weight = reinterpret_cast<const uint8_t*>(m.weight) + first * Format::kGroupBytes;
   Block<Floats> sums = {};
-  for (int i = 0; i < kParts; ++i) {
-    const Floats exact = __builtin_convertvector(dots.part[i], Floats);
-    const Floats term = scales.part[i] * exact + biases.part[i] * load(input_sums + i * kLanes);
-    sums.part[i] += term * load(input_scales + i * kLanes);
-  }
+  add_groups<Format>(m, weight, first, 16, x.values + token * x.stride,
+                     x.scales + token * x.group_stride, x.sums + token * x.group_stride, sums);
   if (x.groups >= 8) sums = add_partners<4>(sums);
   if (x.groups >= 4) sums = add_partners<2>(sums);
   if (x.groups >= 2) sums = add_partners<1>(sums);
   for (int i = 0; i < kParts; ++i) store(products + i * kLanes, sums.part[i]);
 }
 
-template <int Bits, int Group, DType D>
+template <class Format>
 void matmul_int8_format(const Rows& rows, const Int8Input& x) {
   constexpr int kFewTokens = 3;  // not worth unpacking a tile for
   int row = rows.begin;
   if (rows.n > kFewTokens) {
     constexpr int kTileRows = kTileBlocks * kBatchRows;
     for (; row + kTileRows <= rows.end; row += kTileRows) {
-      batch_product<Bits, Group, D, kTileBlocks>(rows, row, x);
+      batch_product<Format, kTileBlocks>(rows, row, x);
     }
     for (; row + kBatchRows <= rows.end; row += kBatchRows) {
-      batch_product<Bits, Group, D, 1>(rows, row, x);
+      batch_product<Format, 1>(rows, row, x);
     }
   }
   if (x.copies > 1) {
@@ -115,7 +115,7 @@ void matmul_int8_format(const Rows& rows, const Int8Input& x) {
         const ptrdiff_t input = rows.inputs ? rows.inputs[t] : t;
         const ptrdiff_t output = rows.outputs ? rows.outputs[t] : t;
         float products[16];
-        short_rows_product<Bits, Group, D>(*rows.weight, row, x, input, products);
+        short_rows_product<Format>(*rows.weight, row, x, input, products);
         float* out = rows.out + output * rows.out_stride + row;
         for (int i = 0; i < x.copies; ++i) {
           out[i] = rows.add ? out[i] + products[i * x.groups] : products[i * x.groups];
@@ -128,7 +128,7 @@ void matmul_int8_format(const Rows& rows, const Int8Input& x) {
       const ptrdiff_t input = rows.inputs ? rows.inputs[t] : t;
       const ptrdiff_t output = rows.outputs ? rows.outputs[t] : t;
       float* out = rows.out + output * rows.out_stride + row;
-      const float value = row_product<Bits, Group, D>(*rows.weight, row, x, input);
+      const float value = row_product<Format>(*rows.weight, row, x, input);
       *out = rows.add ? *out + value : value;
     }
   }
@@ -138,11 +138,11 @@ template <int Bits, int Group>
 void matmul_int8_dtype(const Rows& rows, const Int8Input& x) {
   switch (rows.weight->dtype) {
     case DType::F32:
-      return matmul_int8_format<Bits, Group, DType::F32>(rows, x);
+      return matmul_int8_format<Affine<Bits, Group, DType::F32>>(rows, x);
     case DType::F16:
-      return matmul_int8_format<Bits, Group, DType::F16>(rows, x);
+      return matmul_int8_format<Affine<Bits, Group, DType::F16>>(rows, x);
     case DType::BF16:
-      return matmul_int8_format<Bits, Group, DType::BF16>(rows, x);
+      return matmul_int8_format<Affine<Bits, Group, DType::BF16>>(rows, x);
   }
 }
 

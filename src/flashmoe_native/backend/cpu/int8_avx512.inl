@@ -3,31 +3,37 @@
 
 #include "backend/cpu/transpose_avx512.inl"
 
-// Sums of weight * value over four columns for each of kLanes rows; x holds the four values.
-template <int Bits>
-FLASHMOE_INLINE Ints dot_four(Ints sums, Ints weight, int32_t x) {
-  return reinterpret_cast<Ints>(_mm512_dpbusd_epi32(
-      reinterpret_cast<__m512i>(sums), reinterpret_cast<__m512i>(weight), _mm512_set1_epi32(x)));
+constexpr int kTileTokens = 8, kTileBlocks = 2;  // see int8_batch.inl
+constexpr bool kHalves = false;
+
+// Sums of products of a weight and an input's value, four to a lane.
+template <int Largest>
+struct Dots {
+  static constexpr int kRun = 1 << 16;  // how often may be added before closing
+  FLASHMOE_INLINE static Ints add(Ints run, Ints weight, Ints x) {
+    return reinterpret_cast<Ints>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(run),
+                                                      reinterpret_cast<__m512i>(weight),
+                                                      reinterpret_cast<__m512i>(x)));
+  }
+  FLASHMOE_INLINE static Ints close(Ints run) { return run; }
+};
+
+// 16 rows of 16 lanes, `stride` bytes apart, as columns.
+FLASHMOE_INLINE void load_transposed(const uint8_t* from, ptrdiff_t stride, Ints (&columns)[16]) {
+  for (int i = 0; i < 16; ++i) __builtin_memcpy(&columns[i], from + i * stride, 64);
+  transpose(columns);
 }
 
 // 64 bytes of a row with their values: lane l holds the sum over bytes 4 * l to 4 * l + 3.
-template <int Bits>
-FLASHMOE_INLINE __m512i dot_bytes(__m512i packed, const int8_t* values) {
-  const auto plane = [&](int p) __attribute__((always_inline)) {
-    return _mm512_loadu_si512(values + p * 64);
-  };
-  __m512i sums = _mm512_setzero_si512();
-  if constexpr (Bits == 8) {
-    sums = _mm512_dpbusd_epi32(sums, packed, plane(0));
-  } else {
-    const __m512i mask = _mm512_set1_epi8((1 << Bits) - 1);
-    sums = _mm512_dpbusd_epi32(sums, _mm512_and_si512(packed, mask), plane(0));
-    for (int p = 1; p < 8 / Bits; ++p) {
-      const __m512i shifted = _mm512_srli_epi16(packed, static_cast<unsigned>(p * Bits));
-      sums = _mm512_dpbusd_epi32(sums, _mm512_and_si512(shifted, mask), plane(p));
-    }
+template <class Format>
+FLASHMOE_INLINE __m512i dot_bytes(Ints packed, const int8_t* values) {
+  Ints sums = {};
+  for (int p = 0; p < Format::kPlanes; ++p) {
+    Ints x;
+    __builtin_memcpy(&x, values + p * 64, sizeof x);
+    sums = Dots<Format::kLargest>::add(sums, Format::values(packed, p), x);
   }
-  return sums;
+  return reinterpret_cast<__m512i>(sums);
 }
 
 // Adds neighbouring lanes: in each 128-bit lane a0 + a1, a2 + a3, b0 + b1, b2 + b3.
@@ -44,10 +50,9 @@ FLASHMOE_INLINE __m512i add_quarters(__m512i a, __m512i b) {
 
 // Dot products of `count` <= 16 groups: lanes are added pairwise until each holds one group, then
 // put in the groups' order.
-template <int Bits, int Group, bool Whole>
+template <class Format, bool Whole>
 FLASHMOE_INLINE __m512i group_dots_avx512(const uint8_t* weight, int bytes, const int8_t* values) {
-  constexpr int kPlanes = 8 / Bits;
-  constexpr int kGroupLanes = Group * Bits / 32;
+  constexpr int kGroupLanes = Format::kGroupBytes / 4;
   constexpr int kVectors = kGroupLanes < 16 ? kGroupLanes : 16;  // 16 groups before the adding
   constexpr int kLoads = kGroupLanes / kVectors;                 // of 64 bytes for each of them
   const auto vector = [&](int index) __attribute__((always_inline)) {
@@ -59,7 +64,8 @@ FLASHMOE_INLINE __m512i group_dots_avx512(const uint8_t* weight, int bytes, cons
           Whole || bytes - at >= 64 ? ~uint64_t{0} : ~(~uint64_t{0} << (bytes - at));
       const __m512i packed =
           Whole ? _mm512_loadu_si512(weight + at) : _mm512_maskz_loadu_epi8(mask, weight + at);
-      const __m512i dots = dot_bytes<Bits>(packed, values + at * kPlanes);
+      const __m512i dots =
+          dot_bytes<Format>(reinterpret_cast<Ints>(packed), values + plane_offset<Format>(at));
       sums = i == 0 ? dots : _mm512_add_epi32(sums, dots);
     }
     return sums;
@@ -82,11 +88,10 @@ FLASHMOE_INLINE __m512i group_dots_avx512(const uint8_t* weight, int bytes, cons
   }
 }
 
-template <int Bits, int Group>
+template <class Format>
 FLASHMOE_INLINE Block<Ints> group_dots(const uint8_t* weight, int count, const int8_t* values) {
-  const int bytes = count * Group * Bits / 8;
-  if (count == 16) {
-    return {{reinterpret_cast<Ints>(group_dots_avx512<Bits, Group, true>(weight, bytes, values))}};
-  }
-  return {{reinterpret_cast<Ints>(group_dots_avx512<Bits, Group, false>(weight, bytes, values))}};
+  const int bytes = count * Format::kGroupBytes;
+  const __m512i dots = count == 16 ? group_dots_avx512<Format, true>(weight, bytes, values)
+                                   : group_dots_avx512<Format, false>(weight, bytes, values);
+  return {{reinterpret_cast<Ints>(dots)}};
 }

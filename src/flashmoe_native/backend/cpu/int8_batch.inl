@@ -1,17 +1,19 @@
 // Products of many tokens at a time: a vector holds rows. The weights of some rows and 16 groups
 // are unpacked and transposed so that a 32-bit lane has four columns of its row, and meet the four
 // values of a token. Same operations in the same order as row_product().
+//
+// A table's file of integer dot products says by kTileTokens and kTileBlocks how many tokens and
+// 16s of rows are multiplied with one another at a time, so that their sums fit into registers and
+// hide how long one product takes; by kHalves whether bytes of weights are taken as halves of 4
+// bits.
 
 constexpr int kBatchRows = 16;
 // Tokens whose partial sums are held, 1 KiB each for 16 rows. They and a tile of the weights are on
 // the stack, of which some systems give a thread no more than 128 KiB.
 constexpr int batch_tokens(int group) {
-  return group == 128 ? 16 : 32;
+  return (group == 128 ? 16 : 32) / kTileTokens * kTileTokens;
 }
-// Tokens and 16s of rows that are multiplied with one another at a time: their sums fit into
-// registers, and hide how long one product takes.
-constexpr int kTileTokens = kLanes == 16 ? 8 : 4;
-constexpr int kTileBlocks = kLanes == 16 ? 2 : 1;
+constexpr int kBatchUnroll = 4;
 
 // The vectors that hold something for B times 16 rows.
 template <class Vector, int B>
@@ -19,33 +21,41 @@ struct Across {
   Vector part[B * kParts];
 };
 
-// What begins at `next` comes from memory into the second-level cache while this is computed with;
-// see prefetch_ahead().
-template <int Bits, int Group, int B>
+// Unpacked weights: for each four bytes of a row and each plane of theirs the values of all rows,
+// or their halves, the low one first.
+template <class Format>
+constexpr int kTileHalves = kHalves && Format::kLargest > 15 ? 2 : 1;
+
+// `next` comes from memory into the second-level cache while this is computed with; see
+// prefetch_ahead().
+template <class Format, int B>
 FLASHMOE_INLINE void unpack_rows(const uint8_t* weight, ptrdiff_t row_bytes, int bytes,
                                  const uint8_t* next, Ints* tile) {
-  constexpr int kPlanes = 8 / Bits;
-  for (int at = 0; at < bytes; at += 4 * kLanes) {
-    for (int part = 0; part < B * kParts; ++part) {
-      Ints words[kLanes];
+  constexpr int kBytes = 4 * kLanes;  // of a row at a time
+  constexpr int kVectors = B * kParts;
+  for (int at = 0; at < bytes; at += kBytes) {
+    const int valid = bytes - at < kBytes ? bytes - at : kBytes;
+    for (int part = 0; part < kVectors; ++part) {
       const ptrdiff_t begin = part * kLanes * row_bytes + at;
-      const uint8_t* from = weight + begin;
-      const int valid = bytes - at < 4 * kLanes ? bytes - at : 4 * kLanes;
-      for (int r = 0; r < kLanes; ++r) {
-        prefetch_far(next + begin + r * row_bytes);
-        if (valid == 4 * kLanes) {
-          __builtin_memcpy(&words[r], from + r * row_bytes, 4 * kLanes);
-        } else {
-          words[r] = Ints{};
-          __builtin_memcpy(&words[r], from + r * row_bytes, static_cast<size_t>(valid));
+      for (int r = 0; r < kLanes; ++r) prefetch_far(next + begin + r * row_bytes);
+      Ints words[kLanes];
+      if (valid == kBytes) {
+        load_transposed(weight + begin, row_bytes, words);
+      } else {
+        uint8_t rows[kLanes * kBytes] = {};
+        for (int r = 0; r < kLanes; ++r) {
+          __builtin_memcpy(rows + r * kBytes, weight + begin + r * row_bytes,
+                           static_cast<size_t>(valid));
         }
+        load_transposed(rows, kBytes, words);
       }
-      transpose(words);
-      constexpr int32_t kMask = static_cast<int32_t>(0x01010101u * ((1u << Bits) - 1));
-      for (int word = 0; word < valid / 4; ++word) {
-        for (int p = 0; p < kPlanes; ++p) {
-          tile[((at / 4 + word) * kPlanes + p) * B * kParts + part] =
-              (words[word] >> (p * Bits)) & kMask;
+      Ints* to = tile + at / 4 * Format::kPlanes * kTileHalves<Format> * kVectors + part;
+      for (int word = 0; word < kLanes; ++word) {
+        for (int p = 0; p < Format::kPlanes; ++p) {
+          const Ints values = Format::values(words[word], p);
+          for (int half = 0; half < kTileHalves<Format>; ++half, to += kVectors) {
+            *to = kTileHalves<Format> == 1 ? values : values >> (4 * half) & 0x0f0f0f0f;
+          }
         }
       }
     }
@@ -53,61 +63,72 @@ FLASHMOE_INLINE void unpack_rows(const uint8_t* weight, ptrdiff_t row_bytes, int
 }
 
 // Adds one block of 16 groups to the partial sums [T][16] of T tokens.
-template <int Bits, int Group, int B, int T>
+template <class Format, int B, int T>
 FLASHMOE_INLINE void batch_tile(const Ints* tile, int count, const Across<Floats, B>* scales,
                                 const Across<Floats, B>* biases, const Int8Input& x,
                                 const ptrdiff_t* tokens, int first, Across<Floats, B>* sums) {
-  constexpr int kPlanes = 8 / Bits;
-  constexpr int kWords = Group * Bits / 32;
   constexpr int kVectors = B * kParts;
+  constexpr int kPlanes = Format::kPlanes;
+  constexpr int kTileParts = kTileHalves<Format>;
+  constexpr int kWords = Format::kGroupBytes / 4;
+  using Dot = Dots<kTileParts == 2 ? 15 : Format::kLargest>;
+  constexpr int kRun = Dot::kRun / kPlanes < kWords ? Dot::kRun / kPlanes : kWords;
+  static_assert(kWords % kRun == 0 && (kPlanes == 1 || Format::kGroupBytes <= 64));
   const int8_t* values[T];
   for (int t = 0; t < T; ++t) values[t] = x.values + tokens[t] * x.stride;
-  for (int g = 0; g < count; ++g) {
-    Across<Ints, B> dots[T] = {};
-    for (int word = 0; word < kWords; ++word) {
-      const int at = ((first + g) * kWords + word) * 4;
-      for (int p = 0; p < kPlanes; ++p) {
-        const Ints* weight = tile + ((g * kWords + word) * kPlanes + p) * kVectors;
-        for (int t = 0; t < T; ++t) {
-          int32_t four;
-          __builtin_memcpy(&four, values[t] + at / 64 * 64 * kPlanes + p * 64 + at % 64, 4);
-          for (int i = 0; i < kVectors; ++i) {
-            dots[t].part[i] = dot_four<Bits>(dots[t].part[i], weight[i], four);
+  for (int g = 0; g < count; ++g, tile += kWords * kPlanes * kTileParts * kVectors) {
+    const ptrdiff_t offset = plane_offset<Format>((first + g) * Format::kGroupBytes);
+    Ints dots[T * kVectors] = {};
+    for (int half = kTileParts - 1; half >= 0; --half) {
+      for (int done = 0; done < kWords; done += kRun) {
+        Ints run[T * kVectors] = {};
+        FLASHMOE_UNROLL(kBatchUnroll)
+        for (int word = done; word < done + kRun; ++word) {
+          for (int p = 0; p < kPlanes; ++p) {
+            const Ints* weight = tile + ((word * kPlanes + p) * kTileParts + half) * kVectors;
+            for (int t = 0; t < T; ++t) {
+              int32_t four;
+              __builtin_memcpy(&four, values[t] + (offset + word * 4) + p * 64, 4);
+              for (int v = 0; v < kVectors; ++v) {
+                Ints& sum = run[t * kVectors + v];
+                sum = Dot::add(sum, weight[v], Ints{} + four);
+              }
+            }
           }
         }
+        for (int i = 0; i < T * kVectors; ++i) dots[i] += Dot::close(run[i]);
+      }
+      if (half > 0) {
+        for (int i = 0; i < T * kVectors; ++i) dots[i] <<= 4;
       }
     }
     for (int t = 0; t < T; ++t) {
       const ptrdiff_t group = tokens[t] * x.group_stride + first + g;
-      for (int i = 0; i < kVectors; ++i) {
-        const Floats exact = __builtin_convertvector(dots[t].part[i], Floats);
-        const Floats term = scales[g].part[i] * exact + biases[g].part[i] * x.sums[group];
-        Floats& sum = sums[t * 16 + g].part[i];
+      for (int v = 0; v < kVectors; ++v) {
+        const Floats exact = __builtin_convertvector(dots[t * kVectors + v], Floats);
+        const Floats term = scales[g].part[v] * exact + biases[g].part[v] * x.sums[group];
+        Floats& sum = sums[t * 16 + g].part[v];
         sum = (first == 0 ? Floats{} : sum) + term * x.scales[group];
       }
     }
   }
 }
 
-// The scales or biases of 16 * B rows and `count` <= 16 groups, as columns: [16 groups][rows].
-template <DType D, int B>
-FLASHMOE_INLINE void load_columns(const std::byte* array, int64_t first, int groups, int count,
+// The scales or biases of 16 * B rows and 16 groups, as columns: [16 groups][rows]. load(group) has
+// those of a row.
+template <int B, class Load>
+FLASHMOE_INLINE void load_columns(const Load& load, int64_t first, int groups,
                                   Across<Floats, B>* columns) {
   for (int block = 0; block < B; ++block) {
     Block<Floats> rows[16];
     for (int r = 0; r < 16; ++r) {
-      const int64_t at = first + static_cast<int64_t>(block * 16 + r) * groups;
-      rows[r] = load_block<D>(array, at, count);
-      const int64_t ahead = at + static_cast<int64_t>(B * 16) * groups;
-      prefetch_far(array + ahead * static_cast<int64_t>(size_of(D)));
+      rows[r] = load(first + static_cast<int64_t>(block * 16 + r) * groups);
     }
     for (int a = 0; a < kParts; ++a) {
       for (int b = 0; b < kParts; ++b) {
         Ints square[kLanes];
-        for (int i = 0; i < kLanes; ++i) {
-          square[i] = reinterpret_cast<Ints>(rows[a * kLanes + i].part[b]);
-        }
-        transpose(square);
+        load_transposed(reinterpret_cast<const uint8_t*>(&rows[a * kLanes].part[b]), sizeof rows[0],
+                        square);
         for (int i = 0; i < kLanes; ++i) {
           columns[b * kLanes + i].part[block * kParts + a] = reinterpret_cast<Floats>(square[i]);
         }
@@ -117,15 +138,15 @@ FLASHMOE_INLINE void load_columns(const std::byte* array, int64_t first, int gro
 }
 
 // Rows [row, row + 16 * B).
-template <int Bits, int Group, DType D, int B>
+template <class Format, int B>
 void batch_product(const Rows& rows, int row, const Int8Input& x) {
-  constexpr int kGroupBytes = Group * Bits / 8;
+  constexpr int kGroupBytes = Format::kGroupBytes;
   constexpr int kVectors = B * kParts;
-  constexpr int kTokens = batch_tokens(Group);
+  constexpr int kTokens = batch_tokens(Format::kGroupBytes * Format::kPlanes);
   const Matrix& m = *rows.weight;
   const ptrdiff_t row_bytes = static_cast<ptrdiff_t>(x.groups) * kGroupBytes;
   const auto* weight = reinterpret_cast<const uint8_t*>(m.weight) + row * row_bytes;
-  Ints tile[16 * Group / 4 * kVectors];
+  Ints tile[4 * kGroupBytes * Format::kPlanes * kTileHalves<Format> * kVectors];
   Across<Floats, B> scales[16], biases[16], sums[kTokens * 16];
   for (int done = 0; done < rows.n; done += kTokens) {
     const int n = rows.n - done < kTokens ? rows.n - done : kTokens;
@@ -142,17 +163,28 @@ void batch_product(const Rows& rows, int row, const Int8Input& x) {
       const uint8_t* here = weight + g * kGroupBytes;
       const uint8_t* next =
           g + 16 < x.groups ? here + 16 * kGroupBytes : weight + B * 16 * row_bytes;
-      unpack_rows<Bits, Group, B>(here, row_bytes, count * kGroupBytes, next, tile);
+      unpack_rows<Format, B>(here, row_bytes, count * kGroupBytes, next, tile);
       const int64_t first = static_cast<int64_t>(row) * x.groups + g;
-      load_columns<D, B>(m.scales, first, x.groups, count, scales);
-      load_columns<D, B>(m.biases, first, x.groups, count, biases);
+      const int64_t ahead = static_cast<int64_t>(B) * 16 * x.groups * Format::kScaleBytes;
+      load_columns<B>(
+          [&](int64_t group) {
+            prefetch_far(m.scales + group * Format::kScaleBytes + ahead);
+            return Format::scales(m, group, count);
+          },
+          first, x.groups, scales);
+      load_columns<B>(
+          [&](int64_t group) {
+            prefetch_far(m.biases + group * Format::kScaleBytes + ahead);
+            return Format::biases(m, group, count);
+          },
+          first, x.groups, biases);
       int t = 0;
       for (; t + kTileTokens - 4 < n; t += kTileTokens) {
-        batch_tile<Bits, Group, B, kTileTokens>(tile, count, scales, biases, x, tokens + t, g,
-                                                sums + t * 16);
+        batch_tile<Format, B, kTileTokens>(tile, count, scales, biases, x, tokens + t, g,
+                                           sums + t * 16);
       }
       if (t < n) {
-        batch_tile<Bits, Group, B, 4>(tile, count, scales, biases, x, tokens + t, g, sums + t * 16);
+        batch_tile<Format, B, 4>(tile, count, scales, biases, x, tokens + t, g, sums + t * 16);
       }
     }
     for (int t = 0; t < n; ++t) {

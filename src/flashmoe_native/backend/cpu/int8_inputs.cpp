@@ -2,12 +2,10 @@
 
 #include <cstring>
 
+#include "core/round.h"
+
 namespace flashmoe {
 namespace {
-
-size_t round_up(size_t value, size_t unit) {
-  return (value + unit - 1) / unit * unit;
-}
 
 size_t row_bytes(const Matrix& weight) {
   return static_cast<size_t>(weight.cols) * static_cast<size_t>(weight.bits) / 8;

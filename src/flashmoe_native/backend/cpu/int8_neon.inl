@@ -12,9 +12,9 @@ FLASHMOE_INLINE int32x4_t dot_small(int32x4_t sums, uint8x16_t weight, int8x16_t
 #endif
 }
 
-template <int Bits>
+template <int Largest>
 FLASHMOE_INLINE int32x4_t dot_any(int32x4_t sums, uint8x16_t weight, int8x16_t values) {
-  if constexpr (Bits == 8) {
+  if constexpr (Largest > 127) {
 #ifdef __ARM_FEATURE_MATMUL_INT8
     return vusdotq_s32(sums, weight, values);
 #else
@@ -27,51 +27,53 @@ FLASHMOE_INLINE int32x4_t dot_any(int32x4_t sums, uint8x16_t weight, int8x16_t v
   }
 }
 
-// Sums of weight * value over four columns for each of kLanes rows; x holds the four values.
-template <int Bits>
-FLASHMOE_INLINE Ints dot_four(Ints sums, Ints weight, int32_t x) {
-  return reinterpret_cast<Ints>(dot_any<Bits>(reinterpret_cast<int32x4_t>(sums),
-                                              reinterpret_cast<uint8x16_t>(weight),
-                                              vreinterpretq_s8_s32(vdupq_n_s32(x))));
-}
+constexpr int kTileTokens = 4, kTileBlocks = 1;  // see int8_batch.inl
+constexpr bool kHalves = false;
 
-FLASHMOE_INLINE void transpose(Ints (&rows)[kLanes]) {
-  const int32x4_t a = reinterpret_cast<int32x4_t>(rows[0]);
-  const int32x4_t b = reinterpret_cast<int32x4_t>(rows[1]);
-  const int32x4_t c = reinterpret_cast<int32x4_t>(rows[2]);
-  const int32x4_t d = reinterpret_cast<int32x4_t>(rows[3]);
+// Sums of products of `Largest` at most and an input's value, four to a lane.
+template <int Largest>
+struct Dots {
+  static constexpr int kRun = 1 << 16;  // how often may be added before closing
+  FLASHMOE_INLINE static Ints add(Ints run, Ints weight, Ints x) {
+    return reinterpret_cast<Ints>(dot_any<Largest>(reinterpret_cast<int32x4_t>(run),
+                                                   reinterpret_cast<uint8x16_t>(weight),
+                                                   reinterpret_cast<int8x16_t>(x)));
+  }
+  FLASHMOE_INLINE static Ints close(Ints run) { return run; }
+};
+
+// 4 rows of 4 lanes, `stride` bytes apart, as columns.
+FLASHMOE_INLINE void load_transposed(const uint8_t* from, ptrdiff_t stride, Ints (&columns)[4]) {
+  int32x4_t rows[4];
+  for (int i = 0; i < 4; ++i) rows[i] = vreinterpretq_s32_u8(vld1q_u8(from + i * stride));
   const auto pairs = [](int32x4_t x) { return vreinterpretq_s64_s32(x); };
-  const int64x2_t ab02 = pairs(vtrn1q_s32(a, b)), ab13 = pairs(vtrn2q_s32(a, b));
-  const int64x2_t cd02 = pairs(vtrn1q_s32(c, d)), cd13 = pairs(vtrn2q_s32(c, d));
-  rows[0] = reinterpret_cast<Ints>(vtrn1q_s64(ab02, cd02));
-  rows[1] = reinterpret_cast<Ints>(vtrn1q_s64(ab13, cd13));
-  rows[2] = reinterpret_cast<Ints>(vtrn2q_s64(ab02, cd02));
-  rows[3] = reinterpret_cast<Ints>(vtrn2q_s64(ab13, cd13));
+  const int64x2_t ab02 = pairs(vtrn1q_s32(rows[0], rows[1]));
+  const int64x2_t ab13 = pairs(vtrn2q_s32(rows[0], rows[1]));
+  const int64x2_t cd02 = pairs(vtrn1q_s32(rows[2], rows[3]));
+  const int64x2_t cd13 = pairs(vtrn2q_s32(rows[2], rows[3]));
+  columns[0] = reinterpret_cast<Ints>(vtrn1q_s64(ab02, cd02));
+  columns[1] = reinterpret_cast<Ints>(vtrn1q_s64(ab13, cd13));
+  columns[2] = reinterpret_cast<Ints>(vtrn2q_s64(ab02, cd02));
+  columns[3] = reinterpret_cast<Ints>(vtrn2q_s64(ab13, cd13));
 }
 
 // Adds the dot products of 16 bytes of a row, of four bytes to a lane.
-template <int Bits>
+template <class Format>
 FLASHMOE_INLINE int32x4_t dot_bytes(int32x4_t sums, uint8x16_t packed, const int8_t* values) {
-  if constexpr (Bits == 8) {
-    return dot_any<8>(sums, packed, vld1q_s8(values));
-  } else {
-    const uint8x16_t mask = vdupq_n_u8((1 << Bits) - 1);
-    sums = dot_small(sums, vandq_u8(packed, mask), vld1q_s8(values));
-    for (int p = 1; p < 8 / Bits; ++p) {
-      const uint8x16_t shifted = vshlq_u8(packed, vdupq_n_s8(static_cast<int8_t>(-p * Bits)));
-      sums = dot_small(sums, vandq_u8(shifted, mask), vld1q_s8(values + p * 64));
-    }
-    return sums;
+  for (int p = 0; p < Format::kPlanes; ++p) {
+    const auto weights =
+        reinterpret_cast<uint8x16_t>(Format::values(reinterpret_cast<Ints>(packed), p));
+    sums = dot_any<Format::kLargest>(sums, weights, vld1q_s8(values + p * 64));
   }
+  return sums;
 }
 
-template <int Bits, int Group>
+template <class Format>
 FLASHMOE_INLINE Block<Ints> group_dots(const uint8_t* weight, int count, const int8_t* values) {
-  constexpr int kPlanes = 8 / Bits;
-  constexpr int kGroupLanes = Group * Bits / 32;
+  constexpr int kGroupLanes = Format::kGroupBytes / 4;
   constexpr int kVectors = kGroupLanes < 4 ? kGroupLanes : 4;  // 4 groups before the adding
   constexpr int kLoads = kGroupLanes / kVectors;               // of 16 bytes for each of them
-  const int bytes = count * Group * Bits / 8;
+  const int bytes = count * Format::kGroupBytes;
   const auto vector = [&](int index) __attribute__((always_inline)) {
     int32x4_t sums = vdupq_n_s32(0);
     for (int i = 0; i < kLoads; ++i) {
@@ -83,7 +85,7 @@ FLASHMOE_INLINE Block<Ints> group_dots(const uint8_t* weight, int count, const i
       } else {
         __builtin_memcpy(&packed, weight + at, static_cast<size_t>(bytes - at));
       }
-      sums = dot_bytes<Bits>(sums, packed, values + at / 64 * 64 * kPlanes + at % 64);
+      sums = dot_bytes<Format>(sums, packed, values + plane_offset<Format>(at));
     }
     return sums;
   };

@@ -4,7 +4,9 @@
 #include "backend/cpu/cpu_backend.h"
 #include "backend/cpu/kernels.h"
 
-#ifdef __aarch64__
+#ifdef __x86_64__
+#include <cpuid.h>
+#elif defined(__aarch64__)
 #ifdef __APPLE__
 #include <sys/sysctl.h>
 #else
@@ -17,8 +19,19 @@ namespace flashmoe {
 const Kernels* portable_kernels();
 #ifdef __x86_64__
 const Kernels* avx2_kernels();
+const Kernels* avx_vnni_kernels();
 const Kernels* avx512_kernels();
 const Kernels* avx512_bf16_kernels();
+
+namespace {
+
+// CPUID 7.1, EAX bit 4: not every compiler's __builtin_cpu_supports() knows it.
+bool has_avx_vnni() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a >> 4 & 1) != 0;
+}
+
+}  // namespace
 #elif defined(__aarch64__)
 const Kernels* neon_kernels();
 const Kernels* neon_dotprod_kernels();
@@ -56,6 +69,7 @@ std::vector<const Kernels*> available_kernels() {
 #ifdef __x86_64__
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     found.push_back(avx2_kernels());
+    if (has_avx_vnni()) found.push_back(avx_vnni_kernels());
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512vnni")) {

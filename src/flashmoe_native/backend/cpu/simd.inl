@@ -6,6 +6,14 @@ typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 
 #define FLASHMOE_INLINE [[gnu::always_inline]] inline
 
+// Before a loop whose body should stand `count` times behind itself.
+#define FLASHMOE_PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define FLASHMOE_UNROLL(count) FLASHMOE_PRAGMA(clang loop unroll_count(count))
+#else
+#define FLASHMOE_UNROLL(count) FLASHMOE_PRAGMA(GCC unroll count)
+#endif
+
 // Sixteen lanes: sixteen groups of a row, or sixteen rows.
 constexpr int kParts = 16 / kLanes;
 template <class Vector>

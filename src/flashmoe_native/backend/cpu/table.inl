@@ -9,10 +9,12 @@
 #include "backend/cpu/delta.inl"
 #include "backend/cpu/dense.inl"
 
-#include FLASHMOE_INT8_DOTS
-
 #include "backend/cpu/int8_quantise.inl"
 #include "backend/cpu/int8_scales.inl"
+
+#include "backend/cpu/int8_format.inl"
+
+#include FLASHMOE_INT8_DOTS
 
 #include "backend/cpu/int8_batch.inl"
 

@@ -3,28 +3,23 @@
 
 #import <Metal/Metal.h>
 
-#include <array>
 #include <cstdint>
 #include <map>
 #include <string>
 #include <utility>
 
-#include "arguments.h"
+#include "backend/launch/plan.h"
 #include "backend/metal/owned.h"
 
 namespace flashmoe {
 
-#define FLASHMOE_KERNEL(name) name,
-enum class Kernel { FLASHMOE_KERNELS(FLASHMOE_KERNEL) };
-#undef FLASHMOE_KERNEL
-
 class Pipelines {
  public:
-  // Values by shaders::FunctionConstant; a kernel ignores those that it does not declare.
-  using Constants = std::array<uint32_t, shaders::kFunctionConstants>;
-
   // Compiles the .metal files of a directory. Throws DeviceError with the compiler's message.
   Pipelines(id<MTLDevice> device, const std::string& directory);
+
+  // What the compiler said though it compiled; "" for nothing.
+  const std::string& log() const { return log_; }
 
   // Throws DeviceError where the GPU cannot run the kernel with so many threads a threadgroup.
   id<MTLComputePipelineState> get(Kernel kernel, const Constants& constants, uint32_t threads);
@@ -34,6 +29,7 @@ class Pipelines {
 
   id<MTLDevice> device_;
   Owned<id<MTLLibrary>> library_;
+  std::string log_;
   std::map<std::pair<Kernel, Constants>, Owned<id<MTLComputePipelineState>>> pipelines_;
 };
 
