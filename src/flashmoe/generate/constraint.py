@@ -32,7 +32,7 @@ COMPILED = 64
 
 ENDS_TEXT = ("\n</parameter>\n", '"')
 ENDS_JSON = ("}", "]", '"', ",", ":")
-OTHERS = ("\n", " ", *string.digits, *string.punctuation, *string.ascii_letters)
+OTHERS = (*string.digits, *string.punctuation, *string.ascii_letters, " ", "\n")
 """What ends an answer the shortest way: the first that may come, wherever nothing is forced. Of the
 others, which patterns ask for, the least used one, so that a repetition is left."""
 
