@@ -9,7 +9,8 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from test_info import QWEN_397B, big  # noqa: F401  (a fixture)
+from published import QWEN35_397B
+from test_info import big  # noqa: F401  (a fixture)
 
 from flashmoe import ArgumentError
 from flashmoe.checkpoint.config import ModelConfig
@@ -72,7 +73,7 @@ def test_the_family_is_what_config_json_and_headers_say(big: Checkpoint, tmp_pat
     assert model.experts == summary.experts
     assert model.resident == summary.resident
     assert bytes_by_layer(model.config, model.format_of) == bytes_of(big)
-    (tmp_path / "config.json").write_text(json.dumps(QWEN_397B))
+    (tmp_path / "config.json").write_text(json.dumps(QWEN35_397B))
     assert ModelConfig.of(Metadata(tmp_path)) == dataclasses.replace(
         model.config, eos_token_ids=ModelConfig.of(Metadata(tmp_path)).eos_token_ids
     )
