@@ -46,9 +46,9 @@ def test_an_example_runs(endless: Path, example: Path) -> None:
 def test_every_argument_and_error_is_on_the_python_page() -> None:
     page = (ROOT / "docs" / "python.md").read_text()
     named = set(re.findall(r"`(\w+)`", page))
-    for function in (flashmoe.Model.__init__, flashmoe.Model.generate):
+    for function in (flashmoe.Model.__init__, flashmoe.Model.generate, flashmoe.Model.chat):
         parameters = inspect.signature(function).parameters.keys()
-        assert parameters - {"self", "source", "prompt"} <= named
+        assert parameters - {"self", "source", "prompt", "messages"} <= named
     errors = {name for name in flashmoe.__all__ if name.endswith("Error")}
     assert errors <= named
 

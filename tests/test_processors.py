@@ -50,7 +50,7 @@ def test_processors_run_in_their_order_behind_penalties_and_the_constraint() -> 
     class Allow:
         finished = False
 
-        def mask(self, logits):
+        def mask(self, logits, left):
             order.append(("mask", float(logits[3])))
             masked = np.full_like(logits, -np.inf)
             masked[[2, 3]] = logits[[2, 3]]
@@ -84,7 +84,7 @@ def test_a_constraint_that_is_complete_ends_the_answer(monkeypatch, tmp_path) ->
         def finished(self) -> bool:
             return self.drawn == 2
 
-        def mask(self, logits):
+        def mask(self, logits, left):
             return logits
 
         def advance(self, token) -> None:
