@@ -254,17 +254,22 @@ def main() -> None:
         return
     result = {"answers": summary(files), "cost": cost(options.work)}
     (ROOT / "docs/structure.json").write_text(json.dumps(result, indent=1) + "\n")
+    fill(ROOT / "docs/quality.md", {"structure": counted(result["answers"])})
+
+
+def counted(answers: list[dict[str, Any]]) -> str:
     names = {
         "JSON": "JSON, all 20 schemas",
-        "unbounded": "… 10 with strings or lists without a limit",
-        "nested": "… 10 nested four deep or deeper",
+        "unbounded": "of these 10 with strings or lists without a limit",
+        "nested": "of these 10 nested four deep or deeper",
         "call": "tool calls",
     }
     rows = []
     for name, said in names.items():
-        for row in result["answers"]:
+        for row in answers:
             if row["kind"] == name:
                 share = proportion(row["finished"], row["answers"]).value
+                valid = row["valid"] / max(row["finished"], 1)
                 rows.append(
                     [
                         said,
@@ -273,11 +278,11 @@ def main() -> None:
                         str(row["answers"]),
                         f"{row['finished']} ({share:.1%})",
                         str(row["hurried"]) if row["how"] == "constrained" else "",
-                        f"{row['valid']} ({row['valid'] / max(row['finished'], 1):.1%})",
+                        f"{row['valid']} ({valid:.1%})",
                     ]
                 )
     head = ["asked for", "weights", "answer", "answers", "finished", "of these hurried"]
-    fill(ROOT / "docs/quality.md", {"structure": table([*head, "of the finished valid"], rows)})
+    return table([*head, "of the finished valid"], rows)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import string
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping, Sequence, Set
+from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,7 @@ COMPILED = 64
 
 ENDS_TEXT = ("\n</parameter>\n", '"')
 ENDS_JSON = ("}", "]", '"', ",", ":")
-OTHERS = ("\n", " ", *string.digits, *string.punctuation, *string.ascii_letters)
+OTHERS = (*string.digits, *string.punctuation, *string.ascii_letters, " ", "\n")
 """What ends an answer the shortest way: the first that may come, wherever nothing is forced. Of the
 others, which patterns ask for, the least used one, so that a repetition is left."""
 
@@ -182,13 +182,15 @@ class Values:
     """Where a call in XML form stands, in bytes, if that is where a line of a text begins.
 
     There nearly any token may come, which takes llguidance a walk over all of them: 4 ms at
-    248,320, three times for each value. So these masks are kept. Of all that can have come before,
-    they depend on the tool and the parameter alone, since parameters have one order.
+    248,320, three times for each value. So these masks are kept. Whatever came before, they depend
+    on the parameter and those of its tool alone, since parameters have one order.
+
+    Args:
+        texts: by tool and parameter, what tells these apart.
     """
 
-    def __init__(self, grammar: str, texts: Set[tuple[str, str]]) -> None:
-        self._grammar = grammar
-        self._texts = {(tool.encode(), parameter.encode()) for tool, parameter in texts}
+    def __init__(self, texts: Mapping[tuple[str, str], str]) -> None:
+        self._texts = {tuple(map(str.encode, names)): text for names, text in texts.items()}
         self._tool = self._parameter = self._line = b""
         self._first = False
 
@@ -197,9 +199,8 @@ class Values:
         """The same wherever the same tokens may come; None for most places."""
         if self._first or not b"</parameter>".startswith(self._line):
             return None
-        if (self._tool, self._parameter) not in self._texts:
-            return None
-        return self._grammar, self._tool, self._parameter, self._line
+        text = self._texts.get((self._tool, self._parameter))
+        return None if text is None else (text, self._line)
 
     def feed(self, data: bytes) -> None:
         """Goes past a token's bytes."""
@@ -417,13 +418,11 @@ def constraint_of(
             if rule is not None:
                 structure = grammars.matcher(written.text(f"({rule}) | {many}"), given[0])
             elif must:
-                text = written.text(many)
-                structure = grammars.matcher(text, "tools")
-                values = Values(text, written.texts)
+                structure = grammars.matcher(written.text(many), "tools")
+                values = Values(written.texts)
             elif CALL in grammars.marks:
-                text = written.text("call")
-                call = grammars.matcher(text, "tools")
-                values = Values(text, written.texts)
+                call = grammars.matcher(written.text("call"), "tools")
+                values = Values(written.texts)
             else:
                 return None
         else:

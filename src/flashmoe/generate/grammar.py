@@ -60,8 +60,8 @@ class ToolGrammar:
         self._tokens = tokens
         self._writable = writable
         self._rules: list[str] = []
-        self.texts: set[tuple[str, str]] = set()
-        """Names of tools and parameters whose values are any text."""
+        self.texts: dict[tuple[str, str], str] = {}
+        """By tool and parameter, of values that are any text: what follows depends on it alone."""
         if dialect.calls == "hermes":
             bodies = [self._hermes(tool) for tool in tools]
             whole = f'"\\n" ({" | ".join(bodies)}) "\\n"'
@@ -106,7 +106,7 @@ class ToolGrammar:
             schema = given if isinstance(given, Mapping) else {}
             value = self._value(schema, tool.parameters)
             if value == "TEXT":
-                self.texts.add((tool.name, name))
+                self.texts[tool.name, name] = json.dumps([name, tool.parameters])
             rule = self._rule("p", f"{head} {value}")
             needed = isinstance(required, Sequence) and name in required
             parts.append(rule if needed else f"{rule}?")

@@ -166,11 +166,14 @@ def chosen(tools: Iterable[ToolSpec], choice: Any) -> tuple[tuple[ToolSpec, ...]
 
     Args:
         choice: "auto", "none", "required", the name of a tool, or an object that names one as
-            OpenAI's ({"type": "function", "function": {"name": …}}) or Anthropic's do.
+            OpenAI's ({"type": "function", "function": {"name": …}}) or Anthropic's do, or that
+            says one of the words ({"type": "any"}).
     Raises:
         ArgumentError: it is something else, or there is no such tool.
     """
     tools = tuple(tools)
+    if isinstance(choice, Mapping) and choice.get("type") in {"auto", "any", "none", "required"}:
+        choice = "required" if choice["type"] == "any" else choice["type"]
     if choice is None or choice == "auto":
         return tools, False
     if choice == "none":
