@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -42,6 +43,9 @@ class Peer(Protocol):
     def feed(self, ids: Ids) -> Logits:
         """Appends ids; logits [vocab] of the last."""
 
+    def use_threads(self, threads: int) -> None:
+        """Computes with so many from now on."""
+
 
 class FlashMoe:
     def __init__(self, source: Path, threads: int, context: int, options: dict[str, Any]) -> None:
@@ -53,7 +57,14 @@ class FlashMoe:
         config = asdict(checkpoint.config)
         experts = config["experts_per_token"] = options.pop("experts_per_token")
         options.setdefault("chunk", prompt_chunk(checkpoint.config, experts, available_memory()))
-        self.native = _native.Engine(config, checkpoint.native(), threads=threads, **options)
+        table = checkpoint.native()
+        self.make = lambda threads: _native.Engine(config, table, threads=threads, **options)
+        self.native = self.make(threads)
+        self.reset()
+
+    def use_threads(self, threads: int) -> None:
+        del self.state, self.native
+        self.native = self.make(threads)
         self.reset()
 
     def reset(self) -> None:
@@ -88,6 +99,9 @@ class LlamaCpp:
         vocab = llama.llama_model_get_vocab(self.model)
         self.vocab = llama.llama_vocab_n_tokens(vocab)
 
+    def use_threads(self, threads: int) -> None:
+        self.llama.llama_set_n_threads(self.context, threads, threads)
+
     def reset(self) -> None:
         self.llama.llama_memory_clear(self.llama.llama_get_memory(self.context), True)
 
@@ -105,6 +119,9 @@ class Mlx:
 
         self.model, _ = load_model(source)
         self.reset()
+
+    def use_threads(self, threads: int) -> None:
+        raise SystemExit("mlx chooses its own threads")
 
     def reset(self) -> None:
         from mlx_lm.models.cache import make_prompt_cache  # noqa: PLC0415
@@ -126,6 +143,8 @@ def serve(name: str, source: Path, threads: int, context: int, options: dict[str
     peer: Peer = PEERS[name](source, threads, context, options)
     for line in sys.stdin:
         task = json.loads(line)
+        if task["threads"]:
+            peer.use_threads(task["threads"])
         prompt, rest = (np.array(task[key], np.int32) for key in ("prompt", "rest"))
         peer.reset()
         start = time.perf_counter()
@@ -144,16 +163,30 @@ def serve(name: str, source: Path, threads: int, context: int, options: dict[str
 
 
 class Worker:
-    def __init__(self, name: str, source: Path, arguments: list[str], options: dict[str, Any]):
-        command = [sys.executable, __file__, str(source), "--serve", name, *arguments]
+    def __init__(
+        self,
+        name: str,
+        source: Path,
+        arguments: list[str],
+        options: dict[str, Any],
+        environment: dict[str, str] | None = None,
+    ):
+        command = [sys.executable, str(Path(__file__)), str(source), "--serve", name, *arguments]
         command += ["--options", json.dumps(options)]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | (environment or {}),
         )
 
-    def run(self, prompt: list[int], rest: list[int]) -> dict[str, Any]:
+    def run(self, prompt: list[int], rest: list[int], threads: int = 0) -> dict[str, Any]:
+        """Threads other than 0 are used from now on."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps({"prompt": prompt, "rest": rest}) + "\n")
+        self.process.stdin.write(
+            json.dumps({"prompt": prompt, "rest": rest, "threads": threads}) + "\n"
+        )
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
         if not answer:

@@ -57,11 +57,13 @@ def spread(values: list[float]) -> str:
     return f"{statistics.median(values):7.1f} [{min(values):.1f}-{max(values):.1f}]"
 
 
-def decode(name: str, precision: str, weight: tuple[object, int], repeats: int) -> None:
+def decode(
+    name: str, precision: str, weight: tuple[object, int], repeats: int, counts: list[int]
+) -> None:
     native, size = weight
     x = np.random.default_rng(1).standard_normal((1, COLS), np.float32)
     plain = np.zeros(size, np.uint8) + 1
-    for threads in (1, os.cpu_count() or 1):
+    for threads in counts:
         engine = ops.Backend(precision, threads)
         rates, reads, shares = [], [], []
         for _ in range(repeats + 1):
@@ -76,12 +78,14 @@ def decode(name: str, precision: str, weight: tuple[object, int], repeats: int) 
         )
 
 
-def prompt(name: str, precision: str, weight: tuple[object, int], repeats: int) -> None:
+def prompt(
+    name: str, precision: str, weight: tuple[object, int], repeats: int, counts: list[int]
+) -> None:
     rows = 2048
     native, _ = weight
     for tokens in (4, 16, 512):
         x = np.random.default_rng(1).standard_normal((tokens, COLS), np.float32)
-        for threads in (1, os.cpu_count() or 1):
+        for threads in counts:
             engine = ops.Backend(precision, threads)
             work = 2 * rows * COLS * tokens
             times = [
@@ -98,21 +102,31 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--megabytes", type=int, default=512, help="of weights, beyond any cache")
     parser.add_argument("--quick", action="store_true", help="4 bits with group 64 only")
+    counts = sorted({1, os.cpu_count() or 1})
+    parser.add_argument("--threads", type=int, nargs="+", default=counts)
     options = parser.parse_args()
     print(f"kernels: {_native.cpu_kernels()}")
     formats = [(4, 64), (4, 32), (4, 128), (2, 64), (8, 64)]
     for bits, group in formats[:1] if options.quick else formats:
         rows = options.megabytes * 2**20 * 8 // (COLS * bits) // 64 * 64
-        decode(f"{bits} bits, group {group}", "int8", matrix(rows, bits, group), options.repeats)
+        decode(
+            f"{bits} bits, group {group}",
+            "int8",
+            matrix(rows, bits, group),
+            options.repeats,
+            options.threads,
+        )
     if not options.quick:
         rows = options.megabytes * 2**20 // (2 * COLS)
-        decode("4 bits, group 64", "float32", matrix(4 * rows, 4, 64), options.repeats)
-        decode("bfloat16", "float32", dense(rows), options.repeats)
+        decode(
+            "4 bits, group 64", "float32", matrix(4 * rows, 4, 64), options.repeats, options.threads
+        )
+        decode("bfloat16", "float32", dense(rows), options.repeats, options.threads)
     for bits, group in formats[:1] if options.quick else formats:
         weight = matrix(2048, bits, group)
-        prompt(f"{bits} bits, group {group}", "int8", weight, options.repeats)
+        prompt(f"{bits} bits, group {group}", "int8", weight, options.repeats, options.threads)
     if not options.quick:
-        prompt("4 bits, group 64", "float32", matrix(2048, 4, 64), options.repeats)
+        prompt("4 bits, group 64", "float32", matrix(2048, 4, 64), options.repeats, options.threads)
 
 
 if __name__ == "__main__":

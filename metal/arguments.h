@@ -1,8 +1,10 @@
-// What host and shaders must agree on: the kernels, the indices of their buffers, the structs that
-// setBytes carries, and how a grid is divided. Plain C++14, read by Metal and by C++ alike.
+// What host and kernels must agree on: the kernels, the struct that each is given, and how a grid
+// is divided. Plain C++14, read by Metal and by C++ alike.
 //
-// Activations are float32, row-major, a row a token. A buffer's offset is a multiple of 16 bytes,
-// unless the kernel's comment says otherwise. "blocks" and "tiles" below count threadgroups.
+// A kernel has one argument, its struct, bound at index 0. What it reads and writes is named in it
+// by address: a pointer to the kernel, 64 bits to the host. Activations are float32, row-major, a
+// row a token. An address is a multiple of 16, unless the field's comment says otherwise; 4 below
+// is "a multiple of 4". "blocks" and "tiles" count threadgroups.
 #pragma once
 
 #ifdef __METAL_VERSION__
@@ -12,6 +14,14 @@
 #endif
 
 namespace shaders {
+
+#ifdef __METAL_VERSION__
+template <class T>
+using Address = device T*;
+#else
+template <class T>
+using Address = uint64_t;
+#endif
 
 // Every kernel, for tables of pipelines.
 #define FLASHMOE_KERNELS(X) \
@@ -25,6 +35,7 @@ namespace shaders {
   X(attention_split)        \
   X(attention_merge)        \
   X(route)                  \
+  X(all_finite)             \
   X(experts_gate_up)        \
   X(experts_down)           \
   X(experts_gate_up_tiles)  \
@@ -50,14 +61,21 @@ enum ElementType : uint32_t { kF32 = 0, kF16 = 1, kBF16 = 2 };
 
 enum Limits : uint32_t {
   kSimdWidth = 32,
-  kMaxProducts = 4,    // of a matvec or matmul
-  kMaxExperts = 32,    // of one dispatch of the experts kernels
-  kMaxSources = 16,    // buffers that their weights and outputs lie in
-  kMaxRouted = 1024,   // experts that `route` can choose among
-  kMaxChosen = 32,     // that it can choose
-  kMaxConvTaps = 8,    // of causal_conv
-  kMaxDeltaDim = 128,  // key_dim (a multiple of 4) and value_dim of gated_delta
-  kMaxHeadDim = 256,   // of attention; a multiple of 32
+  kMaxProducts = 4,          // of a matvec or matmul
+  kMaxExperts = 32,          // of one dispatch of the experts kernels
+  kMaxRouted = 1024,         // experts that `route` can choose among
+  kMaxChosen = 32,           // that it can choose
+  kMaxConvTaps = 8,          // of causal_conv
+  kMaxDeltaDim = 128,        // key_dim (a multiple of 4) and value_dim of gated_delta
+  kMaxHeadDim = 256,         // of attention; a multiple of 32
+  kMaxArgumentBytes = 4096,  // of a struct: what setBytes takes
+};
+
+// A matrix as it is stored; scales and biases mean nothing where it is dense.
+struct Stored {
+  Address<const unsigned char> weight;  // [rows, columns]
+  Address<const unsigned char> scales;  // [rows, columns / group], a multiple of their element;
+  Address<const unsigned char> biases;  // likewise
 };
 
 // Matrix-vector: blocks of rows.
@@ -69,11 +87,6 @@ enum MatvecShape : uint32_t {
   kMatvecLaneColumns = 32,  // consecutive columns of one lane
   kMatvecColumns = 4096,    // whose inputs are in threadgroup memory at a time
 };
-
-// How many quads of rows a simdgroup takes: more share the work on inputs, fewer occupy the GPU.
-inline uint32_t matvec_quads(uint32_t rows) {
-  return rows > 8192 ? 2 : 1;
-}
 
 // Rows of one threadgroup.
 inline uint32_t matvec_block_rows(uint32_t quads) {
@@ -90,113 +103,88 @@ enum TileShape : uint32_t {
 };
 
 // embed: out[t] = row ids[t] of the table.
-// Grid: (ceil(columns / 256), tokens), 256 threads. Constants: kBits, kGroup, kDType.
+// Grid: (ceil(columns / kEmbedThreads), tokens). Constants: kBits, kGroup, kDType.
 
-enum EmbedBuffer : uint32_t {
-  kEmbedIds = 0,  // int [tokens], offset a multiple of 4
-  kEmbedWeight = 1,
-  kEmbedScales = 2,  // anything bound where dense; likewise kEmbedBiases
-  kEmbedBiases = 3,
-  kEmbedOut = 4,        // [tokens, columns]
-  kEmbedArguments = 5,  // EmbedArguments
-};
+enum EmbedShape : uint32_t { kEmbedThreads = 256 };
 struct EmbedArguments {
+  Address<const int> ids;  // [tokens], 4
+  Stored table;
+  Address<float> out;  // [tokens, columns]
   uint32_t columns;
 };
 
 // rms_norm: out = x / rms(x) * weight.
-// Grid: (tokens), kNormThreads threads. `out` may be `x`.
+// Grid: (tokens). `out` may be `x`.
 
 enum NormShape : uint32_t { kNormThreads = 1024 };
-enum NormBuffer : uint32_t {
-  kNormX = 0,          // [tokens, width]
-  kNormWeight = 1,     // [width]
-  kNormOut = 2,        // [tokens, width]
-  kNormArguments = 3,  // NormArguments
-};
 struct NormArguments {
+  Address<const float> x;       // [tokens, width]
+  Address<const float> weight;  // [width]
+  Address<float> out;           // [tokens, width]
   uint32_t width;
   float eps;
 };
 
 // matvec, matmul: out[t, row] (+)= weight · x[t] for up to four matrices of one format.
-// Grid of matvec (few tokens): (first_block[count], tokens), kMatvecThreads threads; a block has
-// matvec_block_rows(quads) rows. Grid of matmul (prompts): (first_block[count],
-// ceil(tokens / kTileTokens)), kTileThreads threads; a block has kTileRows rows.
+// Grid of matvec (few tokens): (blocks, tokens), kMatvecThreads threads; a block has
+// matvec_block_rows(quads) rows. Grid of matmul (prompts): (blocks, ceil(tokens / kTileTokens)),
+// kTileThreads threads; a block has kTileRows rows. No block has rows of two matrices.
 // Constants: kBits, kGroup, kDType. Columns are a multiple of `group` where quantised, else any.
-// Rows are any. A weight's offset is a multiple of 16; of scales and biases, of their element.
-// Indices of products beyond `count` are bound too, to anything.
+// Rows are any.
 
-enum ProductBuffer : uint32_t {
-  kProductX = 0,          // [tokens, columns]
-  kProductArguments = 1,  // ProductArguments
-  kProductWeight = 4,     // 4 .. 7
-  kProductWeight1 = 5,
-  kProductWeight2 = 6,
-  kProductWeight3 = 7,
-  kProductScales = 8,  // 8 .. 11; anything where dense; likewise biases
-  kProductScales1 = 9,
-  kProductScales2 = 10,
-  kProductScales3 = 11,
-  kProductBiases = 12,  // 12 .. 15
-  kProductBiases1 = 13,
-  kProductBiases2 = 14,
-  kProductBiases3 = 15,
-  kProductOut = 16,  // 16 .. 19: [tokens, rows]
-  kProductOut1 = 17,
-  kProductOut2 = 18,
-  kProductOut3 = 19,
+struct ProductEntry {
+  Stored weight;
+  Address<float> out;  // [tokens, rows]
+  uint32_t rows;
+  uint32_t add;          // 1: to what `out` holds
+  uint32_t first_block;  // before it are those of the earlier products
 };
 struct ProductArguments {
+  Address<const float> x;  // [tokens, columns]
   uint32_t columns;
   uint32_t tokens;
-  uint32_t count;                          // of products
-  uint32_t rows[kMaxProducts];             //
-  uint32_t add[kMaxProducts];              // 1: to what `out` holds
-  uint32_t first_block[kMaxProducts + 1];  // running sum of ceil(rows / rows of a block)
+  uint32_t count;  // of products
+  ProductEntry products[kMaxProducts];
 };
 
 // causal_conv: x = silu(conv(x)), depthwise.
-// Grid: (ceil(channels / 256)), 256 threads. Offsets are multiples of 4.
+// Grid: (ceil(channels / kConvThreads)). All addresses 4.
 
-enum ConvBuffer : uint32_t {
-  kConvX = 0,          // [tokens, channels], replaced
-  kConvWeight = 1,     // [taps, channels], oldest tap first
-  kConvStateIn = 2,    // [taps - 1, channels]
-  kConvStateOut = 3,   // likewise; another buffer
-  kConvArguments = 4,  // ConvArguments
-};
+enum ConvShape : uint32_t { kConvThreads = 256 };
 struct ConvArguments {
+  Address<float> x;               // [tokens, channels], replaced
+  Address<const float> weight;    // [taps, channels], oldest tap first
+  Address<const float> state_in;  // [taps - 1, channels]
+  Address<float> state_out;       // likewise; may be state_in
   uint32_t channels;
   uint32_t tokens;
   uint32_t taps;
 };
 
 // gated_delta: the gated delta rule, then the gated norm (DeltaCall in backend.h).
-// Grid: (value_heads), delta_threads(value_dim) threads. Offsets are multiples of 4.
+// Grid: (value_heads), delta_threads(value_dim) threads. All addresses 4.
 
 enum DeltaShape : uint32_t {
   kDeltaParts = 4,   // of a column of the state: key_dim / 4 rows each, in registers
   kDeltaTokens = 4,  // whose queries and keys are normed together
+  kDeltaThreads = kDeltaParts * kMaxDeltaDim,  // at most
 };
 inline uint32_t delta_threads(uint32_t value_dim) {
   return kDeltaParts * ((value_dim + kSimdWidth - 1) / kSimdWidth * kSimdWidth);
 }
 
-enum DeltaBuffer : uint32_t {
-  kDeltaQkv = 0,        // [tokens, 2 * key_heads * key_dim + value_heads * value_dim], convolved
-  kDeltaZ = 1,          // [tokens, value_heads * value_dim]
-  kDeltaA = 2,          // [tokens, value_heads]
-  kDeltaB = 3,          // [tokens, value_heads]
-  kDeltaALog = 4,       // [value_heads]
-  kDeltaDtBias = 5,     // [value_heads]
-  kDeltaNorm = 6,       // [value_dim]
-  kDeltaStateIn = 7,    // [value_heads, key_dim, value_dim]
-  kDeltaStateOut = 8,   // likewise; another buffer
-  kDeltaOut = 9,        // [tokens, value_heads * value_dim]
-  kDeltaArguments = 10  // DeltaArguments
-};
 struct DeltaArguments {
+  Address<const float>
+      qkv;                 // [tokens, 2 * key_heads * key_dim + value_heads * value_dim], convolved
+  Address<const float> z;  // [tokens, value_heads * value_dim]
+  Address<const float> a;  // [tokens, value_heads]
+  Address<const float> b;  // [tokens, value_heads]
+  Address<const float> a_log;     // [value_heads]
+  Address<const float> dt_bias;   // [value_heads]
+  Address<const float> norm;      // [value_dim]
+  Address<const float> state_in;  // [value_heads, key_dim, value_dim]
+  Address<float> state_out;       // likewise; may be state_in
+  Address<float> out;             // [tokens, value_heads * value_dim]
   uint32_t tokens;
   uint32_t key_heads, value_heads, key_dim, value_dim;
   float norm_eps;
@@ -204,34 +192,33 @@ struct DeltaArguments {
 
 // Attention (AttentionCall in backend.h), two or three dispatches, constant kCacheDType.
 // - attention_append: norm and RoPE of queries and keys; keys and values join the cache.
-//   Grid: (ceil(tokens * (heads + kv_heads) / 4)), 128 threads.
+//   Grid: (ceil(tokens * (heads + kv_heads) / kAttentionRows)).
 // - attention_split: a range of the keys for rows of queries that share a KV head, kSplitRows at a
 //   time of the token-major rows (token, head of the group). With one split it writes `out` itself.
-//   Grid: (kv_heads, ceil(tokens * heads / kv_heads / kSplitRows), splits), 128 threads.
+//   Grid: (kv_heads, ceil(tokens * heads / kv_heads / kSplitRows), splits).
 // - attention_merge, where there are several splits.
-//   Grid: (ceil(tokens * heads / 4)), 128 threads.
+//   Grid: (ceil(tokens * heads / kAttentionRows)).
 // splits = ceil((position + tokens) / keys_per_split); keys_per_split is a multiple of kSplitKeys.
 
-enum SplitShape : uint32_t { kSplitRows = 16, kSplitKeys = 32 };
-
-enum AttentionBuffer : uint32_t {
-  kAttentionArguments = 0,    // AttentionArguments
-  kAttentionQGate = 1,        // [tokens, heads, 2 * head_dim]: per head the query, then the gate
-  kAttentionK = 2,            // [tokens, kv_heads, head_dim]
-  kAttentionV = 3,            // likewise
-  kAttentionQNorm = 4,        // [head_dim]
-  kAttentionKNorm = 5,        // [head_dim]
-  kAttentionFrequencies = 6,  // [rotary_dim / 2]: 1 / theta^(2 i / rotary_dim)
-  kAttentionQueries = 7,      // [tokens, heads, head_dim], scratch: append writes, split reads
-  kAttentionKeys = 8,         // [kv_heads, capacity, head_dim], offset a multiple of 16
-  kAttentionValues = 9,       // likewise
-  kAttentionPartial = 10,     // [splits, tokens * heads, head_dim], scratch: split, merge
-  kAttentionTotals = 11,      // [splits, tokens * heads, 2]: maximum and sum, scratch: split, merge
-  kAttentionOut = 12,         // [tokens, heads * head_dim], times sigmoid(gate)
+enum AttentionShape : uint32_t {
+  kAttentionThreads = 128,
+  kAttentionRows = 4,  // of a threadgroup of append or merge: a simdgroup each
+  kSplitRows = 16,
+  kSplitKeys = 32,
 };
-// append uses 0 to 9; split 0, 1 and 7 to 12; merge 0, 1 and 10 to 12. With one split, partials and
-// totals may be bound to anything.
+
 struct AttentionArguments {
+  Address<const float> q_gate;  // [tokens, heads, 2 * head_dim]: per head the query, then the gate
+  Address<const float> k;       // [tokens, kv_heads, head_dim]
+  Address<const float> v;       // likewise
+  Address<const float> q_norm;  // [head_dim]
+  Address<const float> k_norm;  // [head_dim]
+  Address<float> queries;       // [tokens, heads, head_dim], scratch: append writes, split reads
+  Address<unsigned char> keys;  // [kv_heads, capacity, head_dim]
+  Address<unsigned char> values;  // likewise
+  Address<float> partial;         // [splits, tokens * heads, head_dim], scratch: split, merge
+  Address<float> totals;  // [splits, tokens * heads, 2]: maximum and sum, scratch: split, merge
+  Address<float> out;     // [tokens, heads * head_dim], times sigmoid(gate)
   uint64_t capacity;
   uint32_t position;
   uint32_t tokens;
@@ -239,21 +226,29 @@ struct AttentionArguments {
   uint32_t keys_per_split;
   uint32_t splits;
   float norm_eps;
+  float frequencies[kMaxHeadDim / 2];  // [rotary_dim / 2]: 1 / theta^(2 i / rotary_dim)
 };
 
-// route: softmax over all experts, the top_k largest, ties to the lower index.
-// Grid: (tokens), 32 threads. Offsets are multiples of 4.
+// route: softmax over all experts, the experts_per_token largest, ties to the lower index.
+// Grid: (tokens), a simdgroup. All addresses 4.
 
-enum RouteBuffer : uint32_t {
-  kRouteLogits = 0,     // [tokens, experts]
-  kRouteIds = 1,        // int [tokens, top_k]
-  kRouteWeights = 2,    // [tokens, top_k]
-  kRouteArguments = 3,  // RouteArguments
-};
 struct RouteArguments {
+  Address<const float> logits;  // [tokens, experts]
+  Address<int> ids;             // [tokens, experts_per_token]
+  Address<float> weights;       // [tokens, experts_per_token]
+  Address<int> finite;          // [tokens]: 1 where all logits are finite, else 0
   uint32_t experts;
-  uint32_t top_k;
+  uint32_t experts_per_token;
   uint32_t renormalise;
+};
+
+// all_finite: 1 where a row of x is finite, else 0.
+// Grid: (tokens), a simdgroup. All addresses 4.
+
+struct FiniteArguments {
+  Address<const float> x;  // [tokens, width]
+  Address<int> finite;     // [tokens]
+  uint32_t width;
 };
 
 // experts: out[out row] = down(silu(gate x) * up x) for (token, out row) pairs, sorted by expert.
@@ -267,72 +262,44 @@ struct RouteArguments {
 // Constants: gate_up kBits.. (gate) and kSecondBits.. (up); down kBits.. (down). All experts of a
 // dispatch share these. Hidden and intermediate are multiples of `group` where quantised, else any.
 
-// Where a part lies: source buffer index (below kMaxSources) << 56 | byte offset in it. A weight's
-// address is a multiple of 16, that of scales and biases of their element, that of `out` of 16.
-typedef uint64_t Location;
-inline Location locate(uint32_t source, uint64_t offset) {
-  return (uint64_t(source) << 56) | offset;
-}
-
-struct StoredMatrix {
-  Location weight, scales, biases;
-};
 struct ExpertEntry {
-  StoredMatrix gate, up, down;
-  Location out;           // [out rows, hidden]
+  Stored gate, up, down;
+  Address<float> out;     // [out rows, hidden]
   uint32_t intermediate;  // rows of gate and up, columns of down
   uint32_t first_pair;    // its pairs end where the next expert's begin
 };
 struct ExpertArguments {
+  Address<const float> x;          // [tokens, hidden]
+  Address<const int> pair_tokens;  // [pairs], 4
+  Address<const int> pair_rows;    // [pairs], 4
+  Address<float> activations;      // [pairs, stride], scratch
   uint32_t hidden;
   uint32_t stride;  // of activations: the largest intermediate, rounded up to a multiple of 4
   uint32_t count;   // of experts, at most kMaxExperts
   uint32_t pairs;
   ExpertEntry experts[kMaxExperts];  // only the first `count` are read
 };
-enum ExpertBuffer : uint32_t {
-  kExpertX = 0,            // gate_up: [tokens, hidden]
-  kExpertArguments = 1,    // ExpertArguments
-  kExpertPairTokens = 2,   // gate_up: int [pairs]
-  kExpertPairRows = 3,     // down: int [pairs]
-  kExpertActivations = 4,  // [pairs, stride]
-  kExpertSources = 8,      // 8 .. 23; indices that no Location names are bound to anything
-  kExpertSource1 = 9,
-  kExpertSource2 = 10,
-  kExpertSource3 = 11,
-  kExpertSource4 = 12,
-  kExpertSource5 = 13,
-  kExpertSource6 = 14,
-  kExpertSource7 = 15,
-  kExpertSource8 = 16,
-  kExpertSource9 = 17,
-  kExpertSource10 = 18,
-  kExpertSource11 = 19,
-  kExpertSource12 = 20,
-  kExpertSource13 = 21,
-  kExpertSource14 = 22,
-  kExpertSource15 = 23,
-};
 
 // combine: x += sum_j weights[j] expert_out[j] + sigmoid(shared_gate) shared_out.
-// Grid: (tokens), kCombineThreads threads. If `norm` is 1, normed = rms_norm(x) of the new x too.
+// Grid: (tokens). If `norm` is 1, normed = rms_norm(x) of the new x too.
 
 enum CombineShape : uint32_t { kCombineThreads = 1024 };
-enum CombineBuffer : uint32_t {
-  kCombineExpertOut = 0,      // [tokens * top_k, hidden]
-  kCombineExpertWeights = 1,  // [tokens, top_k], offset a multiple of 4
-  kCombineSharedOut = 2,      // [tokens, hidden]
-  kCombineSharedGate = 3,     // [tokens], offset a multiple of 4
-  kCombineX = 4,              // [tokens, hidden]
-  kCombineNormWeight = 5,     // [hidden]; anything where `norm` is 0; likewise kCombineNormed
-  kCombineNormed = 6,         // [tokens, hidden]
-  kCombineArguments = 7,      // CombineArguments
-};
 struct CombineArguments {
+  Address<const float> expert_out;      // [tokens * experts_per_token, hidden]
+  Address<const float> expert_weights;  // [tokens, experts_per_token], 4
+  Address<const float> shared_out;      // [tokens, hidden]
+  Address<const float> shared_gate;     // [tokens], 4
+  Address<float> x;                     // [tokens, hidden]
+  Address<const float> norm_weight;     // [hidden]; anything where `norm` is 0; likewise normed
+  Address<float> normed;                // [tokens, hidden]
   uint32_t hidden;
-  uint32_t top_k;
+  uint32_t experts_per_token;
   uint32_t norm;
   float eps;
 };
+
+#ifndef __METAL_VERSION__
+static_assert(sizeof(ExpertArguments) <= kMaxArgumentBytes);
+#endif
 
 }  // namespace shaders

@@ -2,24 +2,23 @@
 // many threadgroups go through with a running softmax; their results are merged.
 #include "common.h"
 
-enum AttentionThreads : uint { kRowsPerGroup = 4, kVectors = kMaxHeadDim / 4 };  // a simdgroup each
+enum : uint { kVectors = kMaxHeadDim / 4 };
 
 // Norm and RoPE, one simdgroup a head of a token: queries to scratch, keys and values to the cache.
-kernel void attention_append(constant AttentionArguments& args [[buffer(kAttentionArguments)]],
-                             device const float* q_gate [[buffer(kAttentionQGate)]],
-                             device const float* k [[buffer(kAttentionK)]],
-                             device const float* v [[buffer(kAttentionV)]],
-                             device const float* q_norm [[buffer(kAttentionQNorm)]],
-                             device const float* k_norm [[buffer(kAttentionKNorm)]],
-                             device const float* frequencies [[buffer(kAttentionFrequencies)]],
-                             device float* queries [[buffer(kAttentionQueries)]],
-                             device uchar* key_cache [[buffer(kAttentionKeys)]],
-                             device uchar* value_cache [[buffer(kAttentionValues)]],
-                             uint3 group [[threadgroup_position_in_grid]],
-                             uint simdgroup [[simdgroup_index_in_threadgroup]],
-                             uint lane [[thread_index_in_simdgroup]]) {
-  THREADGROUP_ARRAY(float, normed, [kRowsPerGroup][kMaxHeadDim]);
-  const uint row = group.x * kRowsPerGroup + simdgroup;
+KERNEL(attention_append, kAttentionThreads)(constant AttentionArguments& args [[buffer(0)]],
+                                            uint3 group [[threadgroup_position_in_grid]],
+                                            uint simdgroup [[simdgroup_index_in_threadgroup]],
+                                            uint lane [[thread_index_in_simdgroup]]) {
+  device const float* q_gate = args.q_gate;
+  device const float* k = args.k;
+  device const float* v = args.v;
+  device const float* q_norm = args.q_norm;
+  device const float* k_norm = args.k_norm;
+  device float* queries = args.queries;
+  device uchar* key_cache = args.keys;
+  device uchar* value_cache = args.values;
+  THREADGROUP_ARRAY(float, normed, [kAttentionRows][kMaxHeadDim]);
+  const uint row = group.x * kAttentionRows + simdgroup;
   const uint token = row / (args.heads + args.kv_heads), head = row % (args.heads + args.kv_heads);
   if (token >= args.tokens) return;  // the whole simdgroup, and no barrier is a threadgroup's
   const uint dim = args.head_dim, half_dim = args.rotary_dim / 2;
@@ -43,7 +42,7 @@ kernel void attention_append(constant AttentionArguments& args [[buffer(kAttenti
     float rotated = y[i];
     if (i < 2 * half_dim) {
       const uint pair = i < half_dim ? i : i - half_dim;
-      const float angle = float(position) * frequencies[pair];
+      const float angle = float(position) * args.frequencies[pair];
       const float other = i < half_dim ? -y[i + half_dim] : y[pair];
       rotated = y[i] * precise::cos(angle) + other * precise::sin(angle);
     }
@@ -76,18 +75,18 @@ INLINE float4 gated(float4 weighted, float sum, float4 gate) {
 // kSplitRows queries that share a KV head, against the keys of one split, kSplitKeys at a time.
 // Scores: 8 lanes share a key. Weighted values: a simdgroup owns 4 rows, a lane 4 elements of each
 // 128.
-kernel void attention_split(constant AttentionArguments& args [[buffer(kAttentionArguments)]],
-                            device const float* q_gate [[buffer(kAttentionQGate)]],
-                            device const float* queries [[buffer(kAttentionQueries)]],
-                            device const uchar* key_cache [[buffer(kAttentionKeys)]],
-                            device const uchar* value_cache [[buffer(kAttentionValues)]],
-                            device float* partial [[buffer(kAttentionPartial)]],
-                            device float* totals [[buffer(kAttentionTotals)]],
-                            device float* out [[buffer(kAttentionOut)]],
-                            uint3 group [[threadgroup_position_in_grid]],
-                            uint thread_index [[thread_index_in_threadgroup]],
-                            uint simdgroup [[simdgroup_index_in_threadgroup]],
-                            uint lane [[thread_index_in_simdgroup]]) {
+KERNEL(attention_split, kAttentionThreads)(constant AttentionArguments& args [[buffer(0)]],
+                                           uint3 group [[threadgroup_position_in_grid]],
+                                           uint thread_index [[thread_index_in_threadgroup]],
+                                           uint simdgroup [[simdgroup_index_in_threadgroup]],
+                                           uint lane [[thread_index_in_simdgroup]]) {
+  device const float* q_gate = args.q_gate;
+  device const float* queries = args.queries;
+  device const uchar* key_cache = args.keys;
+  device const uchar* value_cache = args.values;
+  device float* partial = args.partial;
+  device float* totals = args.totals;
+  device float* out = args.out;
   // kValues are loaded together, so that their latencies overlap.
   enum : uint { kRows = kSplitRows / 4, kLaneVectors = kVectors / kSimdWidth, kValues = 8 };
   THREADGROUP_ARRAY(float4, tile, [kSplitRows][kVectors]);
@@ -221,15 +220,15 @@ kernel void attention_split(constant AttentionArguments& args [[buffer(kAttentio
 }
 
 // One simdgroup a head of a token.
-kernel void attention_merge(constant AttentionArguments& args [[buffer(kAttentionArguments)]],
-                            device const float* q_gate [[buffer(kAttentionQGate)]],
-                            device const float* partial [[buffer(kAttentionPartial)]],
-                            device const float* totals [[buffer(kAttentionTotals)]],
-                            device float* out [[buffer(kAttentionOut)]],
-                            uint3 group [[threadgroup_position_in_grid]],
-                            uint simdgroup [[simdgroup_index_in_threadgroup]],
-                            uint lane [[thread_index_in_simdgroup]]) {
-  const uint query = group.x * kRowsPerGroup + simdgroup, all = args.tokens * args.heads;
+KERNEL(attention_merge, kAttentionThreads)(constant AttentionArguments& args [[buffer(0)]],
+                                           uint3 group [[threadgroup_position_in_grid]],
+                                           uint simdgroup [[simdgroup_index_in_threadgroup]],
+                                           uint lane [[thread_index_in_simdgroup]]) {
+  device const float* q_gate = args.q_gate;
+  device const float* partial = args.partial;
+  device const float* totals = args.totals;
+  device float* out = args.out;
+  const uint query = group.x * kAttentionRows + simdgroup, all = args.tokens * args.heads;
   if (query >= all) return;
   const uint vectors = args.head_dim / 4;
   float top = -INFINITY;

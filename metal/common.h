@@ -11,6 +11,10 @@ using namespace shaders;
 #ifndef THREADGROUP_ARRAY
 #define THREADGROUP_ARRAY(type, name, extents) threadgroup type name extents
 #endif
+// A kernel and the most threads that a threadgroup of it has, which the compiler has registers for.
+#ifndef KERNEL
+#define KERNEL(name, threads) [[max_total_threads_per_threadgroup(threads)]] kernel void name
+#endif
 // Bounds of loops over arrays must be known and the loops unrolled, or a helper's arrays would live
 // in memory: Metal's compiler does neither by itself where a function constant is among the bounds.
 #define INLINE inline __attribute__((always_inline))
@@ -38,12 +42,9 @@ INLINE Format second_format() {
   return {second_bits_constant, second_group_constant, second_dtype_constant};
 }
 
-// A weight as it is stored; scales and biases mean nothing where it is dense.
-struct Stored {
-  device const uchar* weight;
-  device const uchar* scales;
-  device const uchar* biases;
-};
+INLINE Stored stored(constant Stored& w) {
+  return {w.weight, w.scales, w.biases};
+}
 
 INLINE float bf16_to_float(uint bits) {
   return as_type<float>(bits << 16);

@@ -2,12 +2,12 @@
 #include "common.h"
 
 // One thread a channel, which it follows through the tokens.
-kernel void causal_conv(device float* x [[buffer(kConvX)]],
-                        device const float* weight [[buffer(kConvWeight)]],
-                        device const float* state_in [[buffer(kConvStateIn)]],
-                        device float* state_out [[buffer(kConvStateOut)]],
-                        constant ConvArguments& args [[buffer(kConvArguments)]],
-                        uint3 position [[thread_position_in_grid]]) {
+KERNEL(causal_conv, kConvThreads)(constant ConvArguments& args [[buffer(0)]],
+                                  uint3 position [[thread_position_in_grid]]) {
+  device float* x = args.x;
+  device const float* weight = args.weight;
+  device const float* state_in = args.state_in;
+  device float* state_out = args.state_out;
   const uint channel = position.x;
   if (channel >= args.channels) return;
   enum : uint { kConvTokens = 8 };
@@ -55,17 +55,21 @@ INLINE float log1p_positive(float y) {
 // One threadgroup a value head. A thread keeps a quarter of one column of the state, 32 of its
 // elements, in registers through all tokens; the four threads of a column add up in threadgroup
 // memory. o = S_new^T q is taken as decay S^T q + (k . q) d, so that a token needs one barrier.
-kernel void gated_delta(
-    device const float* qkv [[buffer(kDeltaQkv)]], device const float* z [[buffer(kDeltaZ)]],
-    device const float* a [[buffer(kDeltaA)]], device const float* b [[buffer(kDeltaB)]],
-    device const float* a_log [[buffer(kDeltaALog)]],
-    device const float* dt_bias [[buffer(kDeltaDtBias)]],
-    device const float* norm [[buffer(kDeltaNorm)]],
-    device const float* state_in [[buffer(kDeltaStateIn)]],
-    device float* state_out [[buffer(kDeltaStateOut)]], device float* out [[buffer(kDeltaOut)]],
-    constant DeltaArguments& args [[buffer(kDeltaArguments)]],
-    uint3 group [[threadgroup_position_in_grid]], uint thread_index [[thread_index_in_threadgroup]],
-    uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+KERNEL(gated_delta, kDeltaThreads)(constant DeltaArguments& args [[buffer(0)]],
+                                   uint3 group [[threadgroup_position_in_grid]],
+                                   uint thread_index [[thread_index_in_threadgroup]],
+                                   uint simdgroup [[simdgroup_index_in_threadgroup]],
+                                   uint lane [[thread_index_in_simdgroup]]) {
+  device const float* qkv = args.qkv;
+  device const float* z = args.z;
+  device const float* a = args.a;
+  device const float* b = args.b;
+  device const float* a_log = args.a_log;
+  device const float* dt_bias = args.dt_bias;
+  device const float* norm = args.norm;
+  device const float* state_in = args.state_in;
+  device float* state_out = args.state_out;
+  device float* out = args.out;
   enum : uint { kPartRows = kMaxDeltaDim / kDeltaParts };
   // Normed queries and keys by (part, row of the part), zero past key_dim.
   THREADGROUP_ARRAY(float4, queries, [kDeltaTokens * kMaxDeltaDim / 4]);

@@ -2,13 +2,13 @@
 #include "products.h"
 #include "tiles.h"
 
-kernel void matmul(device const float* x [[buffer(kProductX)]],
-                   constant ProductArguments& args [[buffer(kProductArguments)]], PRODUCT_ARGUMENTS,
-                   uint3 group [[threadgroup_position_in_grid]],
-                   uint thread_index [[thread_index_in_threadgroup]]) {
+KERNEL(matmul, kTileThreads)(constant ProductArguments& args [[buffer(0)]],
+                             uint3 group [[threadgroup_position_in_grid]],
+                             uint thread_index [[thread_index_in_threadgroup]]) {
+  device const float* x = args.x;
   THREADGROUP_ARRAY(float4, weights, [kTileColumns * kWeightPitch / 4]);
   THREADGROUP_ARRAY(float4, xs, [kTileColumns * kInputPitch / 4]);
-  const Product product = select_product(args, group.x, PRODUCTS);
+  const Product product = select_product(args, group.x);
   const uint first_row = product.block * kTileRows, first_token = group.y * kTileTokens;
   const uint tokens = min(args.tokens - first_token, uint(kTileTokens));
   const TileInputs inputs = {x, nullptr, false, args.columns, first_token, tokens};

@@ -242,7 +242,7 @@ INLINE void multiply_rows(RowPairs a, RowPairs b, uint columns, device const flo
     return;
   }
   // Never 0, as the compiler cannot know: so it keeps this number in a register, and not the masks.
-  const uint magic = a.end == 0 ? 0 : kTwoTo23;
+  const uint magic = a.end == 0 ? 0 : uint(kTwoTo23);
   const uint row_blocks = columns / kMatvecLaneColumns;
   uint block = lane;
   Quad fetched;

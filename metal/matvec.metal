@@ -2,14 +2,14 @@
 #include "matvec.h"
 #include "products.h"
 
-kernel void matvec(device const float* x [[buffer(kProductX)]],
-                   constant ProductArguments& args [[buffer(kProductArguments)]], PRODUCT_ARGUMENTS,
-                   uint3 group [[threadgroup_position_in_grid]],
-                   uint thread_index [[thread_index_in_threadgroup]],
-                   uint simdgroup [[simdgroup_index_in_threadgroup]],
-                   uint lane [[thread_index_in_simdgroup]]) {
+KERNEL(matvec, kMatvecThreads)(constant ProductArguments& args [[buffer(0)]],
+                               uint3 group [[threadgroup_position_in_grid]],
+                               uint thread_index [[thread_index_in_threadgroup]],
+                               uint simdgroup [[simdgroup_index_in_threadgroup]],
+                               uint lane [[thread_index_in_simdgroup]]) {
+  device const float* x = args.x;
   STAGED_INPUTS;
-  const Product product = select_product(args, group.x, PRODUCTS);
+  const Product product = select_product(args, group.x);
   const uint first =
       product.block * matvec_block_rows(quads_constant) + simdgroup * 4 * quads_constant;
   const Format format = first_format();

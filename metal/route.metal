@@ -3,19 +3,23 @@
 
 // One simdgroup a token. A lane looks after experts lane, lane + 32, ...: it alone reads and
 // strikes out their logits. Lane j keeps the j-th choice.
-kernel void route(device const float* logits [[buffer(kRouteLogits)]],
-                  device int* ids [[buffer(kRouteIds)]],
-                  device float* weights [[buffer(kRouteWeights)]],
-                  constant RouteArguments& args [[buffer(kRouteArguments)]],
-                  uint3 group [[threadgroup_position_in_grid]],
-                  uint lane [[thread_index_in_simdgroup]]) {
+KERNEL(route, kSimdWidth)(constant RouteArguments& args [[buffer(0)]],
+                          uint3 group [[threadgroup_position_in_grid]],
+                          uint lane [[thread_index_in_simdgroup]]) {
+  device const float* logits = args.logits;
+  device int* ids = args.ids;
+  device float* weights = args.weights;
   THREADGROUP_ARRAY(float, left, [kMaxRouted]);
   const uint token = group.x;
   float top = -INFINITY;
+  bool finite = true;
   for (uint e = lane; e < args.experts; e += kSimdWidth) {
     left[e] = logits[ulong(token) * args.experts + e];
     top = max(top, left[e]);
+    finite = finite && isfinite(left[e]);
   }
+  const uint every = simd_min(finite ? 1u : 0u);
+  if (lane == 0) args.finite[token] = int(every);
   top = simd_max(top);
   float total = 0;
   for (uint e = lane; e < args.experts; e += kSimdWidth) total += exp(left[e] - top);
@@ -23,7 +27,7 @@ kernel void route(device const float* logits [[buffer(kRouteLogits)]],
 
   uint mine = 0;
   float weight = 0;
-  for (uint j = 0; j < args.top_k; ++j) {
+  for (uint j = 0; j < args.experts_per_token; ++j) {
     float best = -INFINITY;
     uint at = 0;
     for (uint e = lane; e < args.experts; e += kSimdWidth) {
@@ -43,7 +47,19 @@ kernel void route(device const float* logits [[buffer(kRouteLogits)]],
   }
   // The softmax's own sum cancels where the weights are divided by theirs.
   const float sum = simd_sum(weight);
-  if (lane >= args.top_k) return;
-  ids[ulong(token) * args.top_k + lane] = int(mine);
-  weights[ulong(token) * args.top_k + lane] = weight / (args.renormalise != 0 ? sum : total);
+  if (lane >= args.experts_per_token) return;
+  ids[ulong(token) * args.experts_per_token + lane] = int(mine);
+  weights[ulong(token) * args.experts_per_token + lane] =
+      weight / (args.renormalise != 0 ? sum : total);
+}
+
+// One simdgroup a row.
+KERNEL(all_finite, kSimdWidth)(constant FiniteArguments& args [[buffer(0)]],
+                               uint3 group [[threadgroup_position_in_grid]],
+                               uint lane [[thread_index_in_simdgroup]]) {
+  device const float* x = args.x + ulong(group.x) * args.width;
+  bool finite = true;
+  for (uint i = lane; i < args.width; i += kSimdWidth) finite = finite && isfinite(x[i]);
+  const uint every = simd_min(finite ? 1u : 0u);
+  if (lane == 0) args.finite[group.x] = int(every);
 }

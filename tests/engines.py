@@ -6,10 +6,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+import flashmoe
 from flashmoe import _native
 from flashmoe.checkpoint.open import Checkpoint
-from flashmoe.generate.engine import KERNELS
+from flashmoe.generate.engine import kernel_sources
 
+DEMO = Path(flashmoe.__file__).parent / "demo_model"
 Logits = npt.NDArray[np.float32]
 
 
@@ -29,6 +31,7 @@ class TestEngine:
         chunk: int = 64,
         backend: str = "cpu",
         overlap: bool = False,
+        kernels: Path | None = None,
     ) -> None:
         checkpoint = Checkpoint.open(directory)
         config = asdict(checkpoint.config)
@@ -41,7 +44,7 @@ class TestEngine:
             threads=threads,
             cache_bytes=cache_bytes,
             chunk=chunk,
-            kernels=str(KERNELS),
+            kernels=str(kernels or kernel_sources()),
             overlap=overlap,
         )
 

@@ -5,6 +5,7 @@ Its states, exceptions and counters behave as `_native.pyi` says.
 """
 
 import json
+import threading
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +15,12 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from flashmoe import _native
 from flashmoe.checkpoint.config import ModelConfig
 from flashmoe.checkpoint.find import find_local
 from flashmoe.checkpoint.metadata import Metadata
 from flashmoe.checkpoint.open import Checkpoint
-from flashmoe.errors import StateError
+from flashmoe.errors import StateError, StoppedError
 from flashmoe.generate import model as model_module
 from flashmoe.generate.engine import Engine, Setting
 
@@ -135,6 +137,10 @@ class FakeState:
     def nbytes(self) -> int:
         return 4 * len(self.tokens)
 
+    @property
+    def shared(self) -> tuple[int, int]:
+        return id(self), 0
+
     def fork(self) -> "FakeState":
         copy = FakeState(list(self.tokens))
         copy.prompt, copy.logits = self.prompt, self.logits
@@ -147,6 +153,7 @@ class FakeEngine:
         self.backend = "cpu"
         self.before_forward: Callable[[], None] = lambda: None
         self.calls: list[int] = []
+        self._turn = threading.Lock()
         self.closed = False
 
     def _require_open(self) -> None:
@@ -157,8 +164,22 @@ class FakeEngine:
         self._require_open()
         return FakeState([])
 
-    def forward(self, state: FakeState, ids: np.ndarray, all_logits: bool = False) -> np.ndarray:
+    def forward(
+        self,
+        state: FakeState,
+        ids: np.ndarray,
+        all_logits: bool = False,
+        request: _native.Request | None = None,
+    ) -> np.ndarray:
+        with self._turn:
+            return self._forward(state, ids, all_logits, request)
+
+    def _forward(
+        self, state: FakeState, ids: np.ndarray, all_logits: bool, request: _native.Request | None
+    ) -> np.ndarray:
         self._require_open()
+        if request is not None and request.cancelled:
+            raise StoppedError("the work was cancelled")
         assert ids.dtype == np.int32
         self.before_forward()
         self.calls.append(len(ids))
@@ -182,7 +203,7 @@ class FakeEngine:
             "wait_seconds": 0.01 * forwards,
             "expert_hits": 2 * forwards,
             "expert_misses": 6 * forwards,
-            "tokens": sum(self.calls),
+            "rows": sum(self.calls),
             "forward_seconds": 0.2 * forwards,
             "resident_bytes": 12345,
             "slot_bytes": 6789,

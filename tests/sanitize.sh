@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 mkdir -p "$1"
 build=$(cd "$1" && pwd)
 python=$(command -v python3)
-cmake -S . -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFLASHMOE_SANITIZE=ON \
+cmake -S . -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFLASHMOE_SANITIZE=address,undefined \
   -DFLASHMOE_NATIVE_TESTS=ON -DFLASHMOE_WERROR=ON -DPython_EXECUTABLE="$python" >"$build.log"
 cmake --build "$build" -j 2
 rm -rf "$build/site"
@@ -25,3 +25,6 @@ runtime=$runtime:$(${CXX:-c++} -print-file-name=libstdc++.so)
 # a sanitizer's last words go straight to the terminal.
 LD_PRELOAD=$runtime ASAN_OPTIONS=detect_leaks=0 "$python" -m pytest --capture=sys \
   -k "not killed and not memory" tests/test_{ops,quantize,determinism,read_errors,state,interface,pack}.py
+# Damaged inputs and faults, with every buffer of the engine as long as it was asked for.
+LD_PRELOAD=${runtime//:/ } ASAN_OPTIONS=detect_leaks=0 "$python" tests/campaign/run.py \
+  --inputs 540 --faults 0 --interrupts 12 --kills 0

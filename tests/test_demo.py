@@ -6,12 +6,11 @@ from pathlib import Path
 import golden
 import numpy as np
 import pytest
-from engines import TestEngine, spread
+from engines import DEMO, TestEngine, spread
 
 import flashmoe
 from flashmoe.measure.evaluate import log_softmax, mean, read_text, score_text
 
-DEMO = Path(flashmoe.__file__).parent / "demo_model"
 HELDOUT = Path(__file__).parent / "data" / "heldout.txt"
 BOUND = 2e-3  # of the logits' standard deviation, as for random weights
 

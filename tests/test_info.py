@@ -1,5 +1,6 @@
 """What flashmoe info says of a checkpoint, and of this machine."""
 
+import itertools
 import json
 import math
 import os
@@ -341,7 +342,9 @@ def test_reads_past_macos_page_cache_are_measured(
     monkeypatch.setitem(sys.modules, "fcntl", control)
     monkeypatch.setattr(probe.sys, "platform", "darwin")
     monkeypatch.delattr(probe.os, "O_DIRECT", raising=False)
-    rate = probe.disk_rate([file], 1 << 16, seconds=0.01)
+    clock = itertools.count()  # in milliseconds: it ends after some reads, however slow they are
+    monkeypatch.setattr(probe.time, "perf_counter", lambda: next(clock) / 1000)
+    rate = probe.disk_rate([file], 1 << 16, seconds=0.02)
     assert rate is not None
     assert rate > 0
     assert set(asked) == {(48, 1)}

@@ -98,7 +98,7 @@ def test_a_damaged_generation_config_is_named(engine, directory) -> None:
 def test_a_long_prompt_goes_in_chunks_and_says_how_far_it_is(model, engine) -> None:
     seen = []
     chunk = 128
-    model.setting = dataclasses.replace(model.setting, chunk=chunk)
+    model._scheduler.chunk = chunk
     prompt = [i % 500 for i in range(2 * chunk + 5)]
     list(
         model.generate(
@@ -394,28 +394,36 @@ def test_chat_renders_the_template(monkeypatch, directory) -> None:
     assert "".join(token.text for token in tokens) == "Hi"
 
 
-def test_chat_computes_only_what_a_state_does_not_hold(model, engine) -> None:
-    state = model.new_state()
-    turns = [{"role": "user", "content": "Hello"}]
-    list(model.chat(turns, max_tokens=0, state=state))
-    longer = [
-        *turns,
+def _chat_ids(chat) -> list[int]:
+    return [delta.token.id for delta in chat if delta.token is not None]
+
+
+def test_chat_goes_on_from_a_state_and_leaves_the_conversation_in_it(engine, directory) -> None:
+    model = flashmoe.Model(directory, conversations=0)
+    messages = [
+        {"role": "user", "content": "Hello"},
         {"role": "assistant", "content": "<think>ok"},
         {"role": "user", "content": "Go"},
     ]
-    ids = model.tokenizer.encode(model.render(longer), add_special_tokens=False).ids
+    ids = model.prompt_ids(messages)
+    assert ids == model.tokenizer.encode(model.render(messages), add_special_tokens=False).ids
     fresh = _ids(model.generate(ids, max_tokens=4, temperature=0))
 
     state = model.new_state()
-    prefix = ids[:20]
-    list(model.generate(prefix, max_tokens=0, state=state))
+    list(model.generate(ids[:20], max_tokens=0, state=state))
     engine.calls.clear()
-    assert _ids(model.chat(longer, max_tokens=4, temperature=0, state=state)) == fresh
-    assert engine.calls[0] == len(ids) - 20
+    chat = model.chat(messages, max_tokens=4, temperature=0, state=state)
+    assert _chat_ids(chat) == fresh
+    assert sum(engine.calls) == len(ids) - 20 + 3
+    assert (chat.answer.prompt_tokens, chat.answer.cached_tokens) == (len(ids), 20)
+    assert state.tokens == (*ids, *fresh)
 
-    other = model.new_state()
-    list(model.generate([9, 9], max_tokens=0, state=other))
-    assert _ids(model.chat(longer, max_tokens=4, temperature=0, state=other)) == fresh
+    for held in ([9, 9], ids):  # another conversation; this one, without what follows it
+        other = model.new_state()
+        list(model.generate(held, max_tokens=0, state=other))
+        chat = model.chat(messages, max_tokens=4, temperature=0, state=other)
+        assert _chat_ids(chat) == fresh
+        assert other.tokens == (*ids, *fresh)
 
 
 @pytest.mark.parametrize(

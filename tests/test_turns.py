@@ -4,11 +4,11 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
-from engines import TestEngine, random_ids
+from engines import DEMO, TestEngine, random_ids
+from interrupts import in_the_middle_of_a_pass
 
 import flashmoe
 from flashmoe import _native
@@ -21,11 +21,15 @@ PROMPT = random_ids(512, 300)
 
 @pytest.fixture
 def engine() -> _native.Engine:
-    return TestEngine(Path(flashmoe.__file__).parent / "demo_model").native
+    return TestEngine(DEMO).native
+
+
+def one_pass(engine: _native.Engine) -> Callable[[], np.ndarray]:
+    return lambda: engine.forward(engine.new_state(), PROMPT)
 
 
 def calls(engine: _native.Engine) -> dict[str, Callable[[], object]]:
-    """Everything that uses an engine or a state of it."""
+    """Everything that uses an engine or a state of it and waits for its turn."""
     state, other = engine.new_state(), engine.new_state()
     tensors = other.export()
     return {
@@ -33,36 +37,9 @@ def calls(engine: _native.Engine) -> dict[str, Callable[[], object]]:
         "layer_times": engine.layer_times,
         "new_state": engine.new_state,
         "forward": lambda: engine.forward(state, PROMPT[:3]),
-        "fork": other.fork,
         "export": other.export,
         "restore": lambda: other.restore(0, tensors),
     }
-
-
-def in_the_middle_of_a_pass(engine: _native.Engine, action: Callable[[], None]) -> np.ndarray:
-    """Calls action in a signal handler that interrupts a pass; the logits of that pass."""
-    done = False
-
-    def handler(*_: object) -> None:
-        nonlocal done
-        try:
-            engine.stats()
-        except flashmoe.StateError:  # else it interrupted what is between two passes
-            if not done:
-                done = True
-                action()
-
-    before = signal.signal(signal.SIGALRM, handler)
-    signal.setitimer(signal.ITIMER_REAL, 0.01, 0.01)
-    try:
-        end = time.monotonic() + 60
-        while not done:
-            logits = engine.forward(engine.new_state(), PROMPT)
-            assert time.monotonic() < end, "no handler was refused"
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-    return logits
 
 
 def test_a_signal_handler_in_the_middle_of_a_pass_is_refused_and_the_pass_goes_on(engine) -> None:
@@ -76,7 +53,7 @@ def test_a_signal_handler_in_the_middle_of_a_pass_is_refused_and_the_pass_goes_o
             refused.append(name)
 
     uses = calls(engine)
-    assert np.array_equal(in_the_middle_of_a_pass(engine, call_all), expected)
+    assert np.array_equal(in_the_middle_of_a_pass(engine, one_pass(engine), call_all), expected)
     assert refused == list(uses)
     assert np.array_equal(engine.forward(engine.new_state(), PROMPT), expected)
 
@@ -95,7 +72,7 @@ def test_another_thread_waits_for_the_pass_without_the_gil(engine) -> None:
         time.sleep(0.2)  # with the GIL they would hold this thread up for ever
         assert ended == []
 
-    in_the_middle_of_a_pass(engine, start_all)
+    in_the_middle_of_a_pass(engine, one_pass(engine), start_all)
     for thread in threads:
         thread.join()
     assert sorted(ended) == sorted(uses)
@@ -104,7 +81,8 @@ def test_another_thread_waits_for_the_pass_without_the_gil(engine) -> None:
 def test_a_model_is_closed_after_the_pass_of_another_thread(engine) -> None:
     expected = engine.forward(engine.new_state(), PROMPT)
     closing = threading.Thread(target=engine.close)
-    assert np.array_equal(in_the_middle_of_a_pass(engine, closing.start), expected)
+    logits = in_the_middle_of_a_pass(engine, one_pass(engine), closing.start)
+    assert np.array_equal(logits, expected)
     closing.join()
     with pytest.raises(flashmoe.StateError, match="closed"):
         engine.new_state()

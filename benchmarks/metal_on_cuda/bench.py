@@ -17,10 +17,12 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "tests" / "metal")]
 
+import gpu_plans as ops  # noqa: E402
+import gpu_references as references  # noqa: E402
 import numpy as np  # noqa: E402
-import shader_dispatch as ops  # noqa: E402
-from gpu import Gpu, Uploads  # noqa: E402
-from shader_dispatch import BF16, Dispatch, Expert, Weight, random_weight  # noqa: E402
+from gpu import Gpu  # noqa: E402
+from gpu_plans import Memory, Operation  # noqa: E402
+from gpu_references import BF16, Expert, Weight, random_weight  # noqa: E402
 
 Array = np.ndarray[Any, Any]
 HIDDEN, INTERMEDIATE, EXPERTS, VOCAB = 4096, 1024, 512, 248320
@@ -65,56 +67,55 @@ class Bench:
     def line(
         self,
         name: str,
-        dispatches: Dispatch | Sequence[Dispatch],
+        operations: Operation | Sequence[Operation],
         moved: float,
         check: Callable[[], float],
         tolerance: float = 1e-5,
+        **tuning: float,
     ) -> None:
         """moved: bytes. check: the error, once the arrays hold results."""
-        if isinstance(dispatches, Dispatch):
-            dispatches = [dispatches]
-        uploads = Uploads(gpu)
-        pointers = [uploads.pointers(d) for d in dispatches]
-        for d, p in zip(dispatches, pointers, strict=True):
-            gpu.launch(d, p)
+        memory = Memory(gpu)
+        plans = memory.plans(operations, tuning=tuning)
+        for plan in plans:
+            gpu.launch(plan)
         gpu.synchronize()
-        uploads.download()
+        memory.download()
         error = check()
         if not error <= tolerance:
             failures.append(f"{name}: error {error:.1e}")
 
         # Large arrays, which are the weights and caches, take turns with copies of themselves.
-        sizes = {
-            p[i]: a.nbytes
-            for d, p in zip(dispatches, pointers, strict=True)
-            for i, a in d.buffers.items()
-            if i in p and a.nbytes > 1 << 18
-        }
-        total = sum(sizes.values())
+        large = [(array, at) for array, at in memory.arrays.values() if array.nbytes > 1 << 18]
+        total = sum(array.nbytes for array, _ in large)
         copies = int(np.clip(4 * L2_BYTES / total, 1, 64)) if total else 1
-        turns = [pointers]
+        turns = [plans]
         made = []
         for _ in range(copies - 1):
-            other = {pointer: gpu.allocate(size) for pointer, size in sizes.items()}
-            for pointer, size in sizes.items():
-                gpu.copy(other[pointer], pointer, size)
+            other = {id(array): gpu.allocate(array.nbytes) for array, _ in large}
+            for array, at in large:
+                gpu.copy(other[id(array)], at, array.nbytes)
             made += other.values()
-            turns.append([{i: other.get(q, q) for i, q in p.items()} for p in pointers])
+
+            def place(array: Array, other: dict[int, int] = other) -> int:
+                return other.get(id(array)) or memory.place(array)
+
+            turns.append(memory.plans(operations, place, tuning))
         rounds = max(1, 20 // copies)
 
         def work() -> None:
             for _ in range(rounds):
                 for turn in turns:
-                    for d, p in zip(dispatches, turn, strict=True):
-                        gpu.launch(d, p)
+                    for plan in turn:
+                        gpu.launch(plan)
 
         seconds = gpu.seconds(work) / (rounds * copies)
         for pointer in made:
             gpu.free(pointer)
-        uploads.free()
+        memory.free()
         speed = moved / seconds
+        label = f"{name} ({len(plans)})" if len(plans) > 1 else name
         print(
-            f"{name:42} {error:8.1e} {seconds * 1e6:9.1f} {moved / 1e6:8.1f} {speed / 1e9:6.0f} "
+            f"{label:42} {error:8.1e} {seconds * 1e6:9.1f} {moved / 1e6:8.1f} {speed / 1e9:6.0f} "
             f"{speed / self.bandwidth:8.1%}",
             flush=True,
         )
@@ -137,7 +138,7 @@ def some_rows(weight: Weight, count: int) -> tuple[Array, Weight]:
 def product(bench: Bench, kernel: str, tokens: int, rows: int, columns: int, *form: int) -> None:
     weight = random_weight(rng, rows, columns, *form)
     x, out = normal(tokens, columns), empty(tokens, rows)
-    dispatch = ops.product(kernel, x, [weight], [out], [0])
+    operation = ops.matmul(x, [weight], [out], [0])
 
     def check() -> float:
         picked, part = some_rows(weight, 4096)
@@ -146,7 +147,8 @@ def product(bench: Bench, kernel: str, tokens: int, rows: int, columns: int, *fo
     bits, group, dtype = weight.format
     label = f"{bits}-bit/{group}" if bits else ("f32", "f16", "bf16")[dtype]
     name = f"{kernel} {label} {rows}x{columns}" + (f", {tokens} tokens" if tokens > 1 else "")
-    bench.line(name, dispatch, bytes_of(weight) + x.nbytes + out.nbytes, check)
+    moved = bytes_of(weight) + x.nbytes + out.nbytes
+    bench.line(name, operation, moved, check, longest_seconds=1e9)
 
 
 def random_experts(
@@ -171,34 +173,37 @@ def expert_bytes(calls: Sequence[Expert]) -> int:
 def experts_of_decode(bench: Bench, top_k: int) -> None:
     x, out = normal(1, HIDDEN), empty(top_k, HIDDEN)
     calls = random_experts(top_k, [[0]] * top_k, [out] * top_k)
-    dispatches = ops.experts(x, calls, tiles=False)
+    operation = ops.experts(x, calls)
 
     def check() -> float:
-        return error_of(out, np.concatenate([ops.expert_reference(x, c) for c in calls]))
+        return error_of(out, np.concatenate([references.expert_reference(x, c) for c in calls]))
 
     moved = expert_bytes(calls) + x.nbytes + out.nbytes
-    bench.line(f"experts, K={top_k}", dispatches, moved, check)
+    bench.line(f"experts, K={top_k}", operation, moved, check)
 
 
 def experts_of_prompt(bench: Bench, count: int, tokens: int) -> None:
     x, out = normal(tokens, HIDDEN), empty(count * tokens, HIDDEN)
     calls = random_experts(count, [list(range(tokens))] * count, [out] * count)
-    dispatches = ops.experts(x, calls, tiles=True)
+    operation = ops.experts(x, calls)
 
     def check() -> float:
         found = out[: 2 * tokens]
-        return error_of(found, np.concatenate([ops.expert_reference(x, c) for c in calls[:2]]))
+        return error_of(
+            found, np.concatenate([references.expert_reference(x, c) for c in calls[:2]])
+        )
 
     moved = expert_bytes(calls) + x.nbytes + out.nbytes
-    bench.line(f"experts of a prompt, {count} x {tokens} tokens", dispatches, moved, check)
+    name = f"experts of a prompt, {count} x {tokens} tokens"
+    bench.line(name, operation, moved, check, longest_seconds=1e9)
 
 
 def delta(bench: Bench, tokens: int) -> None:
-    d = ops.random_delta(rng, tokens, KEY_HEADS, VALUE_HEADS, HEAD_DIM, HEAD_DIM)
+    d = references.random_delta(rng, tokens, KEY_HEADS, VALUE_HEADS, HEAD_DIM, HEAD_DIM)
     state_out, out = np.full_like(d.state, np.nan), np.full_like(d.z, np.nan)
 
     def check() -> float:
-        reference, state = ops.gated_delta_reference(d)
+        reference, state = references.gated_delta_reference(d)
         return max(error_of(out, reference), error_of(state_out, state))
 
     moved = 2 * d.state.nbytes + d.qkv.nbytes + d.z.nbytes + out.nbytes
@@ -208,24 +213,24 @@ def delta(bench: Bench, tokens: int) -> None:
 def conv(bench: Bench, tokens: int) -> None:
     x, weight, state = normal(tokens, CHANNELS), normal(4, CHANNELS), normal(3, CHANNELS)
     state_out, before = empty(3, CHANNELS), x.copy()
-    dispatch = ops.causal_conv(x, weight, state, state_out)
+    operation = ops.causal_conv(x, weight, state, state_out)
     moved = 2 * x.nbytes + 2 * state.nbytes + weight.nbytes
     bench.line(
         f"causal_conv, {tokens} tokens",
-        dispatch,
+        operation,
         moved,
-        lambda: error_of(x, ops.causal_conv_reference(before, weight, state)[0]),
+        lambda: error_of(x, references.causal_conv_reference(before, weight, state)[0]),
     )
 
 
-def attention(bench: Bench, tokens: int, position: int, keys_per_split: int) -> None:
-    call = ops.random_attention(rng, tokens, 32, 2, 256, 64, position, BF16)
-    reference = ops.attention_reference(call)[0]
+def attention(bench: Bench, tokens: int, position: int) -> None:
+    call = references.random_attention(rng, tokens, 32, 2, 256, 64, position, BF16)
+    reference = references.attention_reference(call)[0]
     out = empty(tokens, 32 * 256)
-    dispatches = ops.attention(call, keys_per_split, out)
+    operation = ops.attention(call, out)
     moved = call.keys.nbytes + call.values.nbytes + call.q_gate.nbytes + out.nbytes
-    name = f"attention, {tokens} tokens at {position}, splits of {keys_per_split}"
-    bench.line(name, dispatches, moved, lambda: error_of(out, reference), 3e-3)
+    name = f"attention, {tokens} tokens at {position}"
+    bench.line(name, operation, moved, lambda: error_of(out, reference), 3e-3, longest_seconds=1e9)
 
 
 def small(bench: Bench) -> None:
@@ -234,16 +239,19 @@ def small(bench: Bench) -> None:
         "rms_norm",
         ops.rms_norm(x, weight, 1e-6, out),
         3 * x.nbytes,
-        lambda: error_of(out, ops.rms_norm_reference(x, weight, 1e-6)),
+        lambda: error_of(out, references.rms_norm_reference(x, weight, 1e-6)),
     )
     logits, ids, weights = normal(1, EXPERTS), np.zeros((1, 10), np.int32), empty(1, 10)
 
     def check_route() -> float:
-        expected_ids, expected = ops.route_reference(logits, 10, True)
+        expected_ids, expected = references.route_reference(logits, 10, True)
         return 1.0 if np.any(ids != expected_ids) else error_of(weights, expected)
 
     bench.line(
-        "route, 512 experts", ops.route(logits, True, ids, weights), logits.nbytes, check_route
+        "route, 512 experts",
+        ops.route(logits, True, ids, weights, np.zeros(1, np.int32)),
+        logits.nbytes,
+        check_route,
     )
     table = random_weight(rng, VOCAB // 8, HIDDEN)
     tokens, rows = rng.integers(0, table.rows, 64).astype(np.int32), empty(64, HIDDEN)
@@ -255,13 +263,13 @@ def small(bench: Bench) -> None:
     bench.line("embed, 64 tokens", ops.embed(tokens, table, rows), rows.nbytes * 1.14, check_embed)
     parts = normal(10, HIDDEN), normal(1, 10), normal(1, HIDDEN), normal(1)
     added, normed = normal(1, HIDDEN), empty(1, HIDDEN)
-    expected = ops.combine_reference(added, *parts)
+    expected = references.combine_reference(added, *parts)
     before = added.copy()
 
     def check_combine() -> float:
         return max(
             error_of(added, expected),
-            error_of(normed, ops.rms_norm_reference(expected, weight, 1e-6)),
+            error_of(normed, references.rms_norm_reference(expected, weight, 1e-6)),
         )
 
     moved = parts[0].nbytes + 4 * before.nbytes
@@ -276,7 +284,7 @@ def layer(bench: Bench, top_k: int, full_attention: bool, position: int = 4096) 
     before = stream.copy()
     norms = [normal(HIDDEN) + 1 for _ in range(3)]
     normed, normed_again, normed_last = empty(1, HIDDEN), empty(1, HIDDEN), empty(1, HIDDEN)
-    dispatches = [ops.rms_norm(stream, norms[0], 1e-6, normed)]
+    operations = [ops.rms_norm(stream, norms[0], 1e-6, normed)]
     weights: list[Weight] = []
 
     def products(
@@ -284,73 +292,64 @@ def layer(bench: Bench, top_k: int, full_attention: bool, position: int = 4096) 
     ) -> None:
         made = [random_weight(rng, r, x.shape[1], bits) for r in rows]
         weights.extend(made)
-        dispatches.append(ops.product("matvec", x, made, outs, [add] * len(made)))
+        operations.append(ops.matmul(x, made, outs, [add] * len(made)))
 
     extra = 0
     if full_attention:
-        call = ops.random_attention(rng, 1, 32, 2, 256, 64, position, BF16)
+        call = references.random_attention(rng, 1, 32, 2, 256, 64, position, BF16)
         mixed = empty(1, 32 * 256)
-        q_gate, k, v = (t.reshape(1, -1) for t in (call.q_gate, call.k, call.v))
-        products(normed, [q_gate.size, k.size, v.size], [q_gate, k, v])
-        call.q_gate, call.k, call.v = (
-            t.reshape(old.shape)
-            for t, old in zip((q_gate, k, v), (call.q_gate, call.k, call.v), strict=True)
-        )
-        attend = ops.attention(call, 64, mixed)
-        for d in attend:
-            d.buffers.update({1: q_gate, 2: k, 3: v})
-        dispatches += attend
+        parts = [call.q_gate, call.k, call.v]
+        products(normed, [part.size for part in parts], parts)
+        operations.append(ops.attention(call, mixed))
         extra = call.keys.nbytes + call.values.nbytes
     else:
-        d = ops.random_delta(rng, 1, KEY_HEADS, VALUE_HEADS, HEAD_DIM, HEAD_DIM)
+        d = references.random_delta(rng, 1, KEY_HEADS, VALUE_HEADS, HEAD_DIM, HEAD_DIM)
         mixed, state_out = empty(1, VALUE_HEADS * HEAD_DIM), np.full_like(d.state, np.nan)
         taps, conv_state, conv_out = normal(4, CHANNELS), normal(3, CHANNELS), empty(3, CHANNELS)
         products(normed, [CHANNELS, mixed.size, VALUE_HEADS, VALUE_HEADS], [d.qkv, d.z, d.a, d.b])
-        dispatches.append(ops.causal_conv(d.qkv, taps, conv_state, conv_out))
-        dispatches.append(ops.gated_delta(d, state_out, mixed))
+        operations.append(ops.causal_conv(d.qkv, taps, conv_state, conv_out))
+        operations.append(ops.gated_delta(d, state_out, mixed))
         extra = 2 * d.state.nbytes
     products(mixed, [HIDDEN], [stream], add=1)
-    dispatches.append(ops.rms_norm(stream, norms[1], 1e-6, normed_again))
+    operations.append(ops.rms_norm(stream, norms[1], 1e-6, normed_again))
     logits, gate = empty(1, EXPERTS), empty(1, 1)
     products(normed_again, [EXPERTS, 1], [logits, gate], bits=8)
     ids, chosen = np.zeros((1, top_k), np.int32), empty(1, top_k)
-    dispatches.append(ops.route(logits, True, ids, chosen))
+    operations.append(ops.route(logits, True, ids, chosen, np.zeros(1, np.int32)))
     routed, shared = empty(top_k, HIDDEN), empty(1, HIDDEN)
     calls = random_experts(top_k + 1, [[0]] * (top_k + 1), [routed] * top_k + [shared])
     calls[-1].out_rows = [0]
-    dispatches += ops.experts(normed_again, calls, tiles=False)
-    dispatches.append(
-        ops.combine(stream, routed, chosen, shared, gate.reshape(1), norms[2], normed_last)
-    )
-    dispatches[-1].buffers[3] = gate
+    operations.append(ops.experts(normed_again, calls))
+    operations.append(ops.combine(stream, routed, chosen, shared, gate, norms[2], normed_last))
 
     def check() -> float:
         x = before.astype(np.float64)
-        y = ops.rms_norm_reference(x, norms[0], 1e-6)
+        y = references.rms_norm_reference(x, norms[0], 1e-6)
         if full_attention:
             parts = [y @ w.values().T for w in weights[:3]]
             for name, part in zip(("q_gate", "k", "v"), parts, strict=True):
                 setattr(call, name, part.reshape(getattr(call, name).shape))
-            x += ops.attention_reference(call)[0] @ weights[3].values().T
+            x += references.attention_reference(call)[0] @ weights[3].values().T
         else:
             qkv, d.z, d.a, d.b = (y @ w.values().T for w in weights[:4])
-            d.qkv = ops.causal_conv_reference(qkv, taps, conv_state)[0]
-            x += ops.gated_delta_reference(d)[0] @ weights[4].values().T
-        y = ops.rms_norm_reference(x, norms[1], 1e-6)
+            d.qkv = references.causal_conv_reference(qkv, taps, conv_state)[0]
+            x += references.gated_delta_reference(d)[0] @ weights[4].values().T
+        y = references.rms_norm_reference(x, norms[1], 1e-6)
         router, shared_gate = (y @ w.values().T for w in weights[-2:])
-        _, probabilities = ops.route_reference(router, top_k, True)
-        outs = [ops.expert_reference(y, c) for c in calls]
-        x = ops.combine_reference(
+        _, probabilities = references.route_reference(router, top_k, True)
+        outs = [references.expert_reference(y, c) for c in calls]
+        x = references.combine_reference(
             x, np.concatenate(outs[:-1]), probabilities, outs[-1], shared_gate[0]
         )
         return max(
-            error_of(stream, x), error_of(normed_last, ops.rms_norm_reference(x, norms[2], 1e-6))
+            error_of(stream, x),
+            error_of(normed_last, references.rms_norm_reference(x, norms[2], 1e-6)),
         )
 
     kind = f"attention at {position}" if full_attention else "GatedDeltaNet"
     moved = bytes_of(*weights) + expert_bytes(calls) + extra
-    name = f"layer, {kind}, K={top_k} ({len(dispatches)} dispatches)"
-    bench.line(name, dispatches, moved, check, 3e-3 if full_attention else 2e-5)
+    name = f"layer, {kind}, K={top_k}"
+    bench.line(name, operations, moved, check, 3e-3 if full_attention else 2e-5)
 
 
 def matvecs(bench: Bench) -> None:
@@ -372,9 +371,9 @@ def everything(bench: Bench) -> None:
     for tokens in (1, 128):
         conv(bench, tokens)
         delta(bench, tokens)
-    attention(bench, 1, 4096, 64)
-    attention(bench, 1, 65536, 512)
-    attention(bench, 64, 1000, 1 << 20)
+    attention(bench, 1, 4096)
+    attention(bench, 1, 65536)
+    attention(bench, 64, 1000)
     product(bench, "matmul", 128, 16384, 4096)
     experts_of_prompt(bench, 16, 32)
 

@@ -1,16 +1,13 @@
-"""An NVIDIA GPU that runs dispatches of the Metal kernels, through CUDA's driver library alone."""
+"""An NVIDIA GPU that runs plans of Metal kernels, through CUDA's driver library alone."""
 
 import ctypes
 import functools
 import os
 import statistics
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import nvrtc
-from shader_arguments import K
-from shader_dispatch import Dispatch
 
 Array = np.ndarray[Any, Any]
 _ATTRIBUTES = {"major": 75, "minor": 76}
@@ -33,7 +30,7 @@ class CudaError(RuntimeError):
 
 
 class Gpu:
-    """The first GPU. `run` has the interface of the executor in tests/metal/shader_executor.py."""
+    """The first GPU: a Device of tests/metal/gpu_plans.py."""
 
     def __init__(self) -> None:
         self._cuda = ctypes.CDLL("libcuda.so.1")
@@ -70,30 +67,28 @@ class Gpu:
         self._call("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(max(size, 16)))
         return pointer.value
 
-    def upload(self, array: Array) -> int:
-        """A copy on the device. With FLASHMOE_INITCHECK, an array of NaNs that may be written is
-        left without content, so that compute-sanitizer's initcheck sees who reads it.
+    def upload(self, address: int, array: Array) -> None:
+        """With FLASHMOE_INITCHECK, an array of NaNs that may be written is left without content, so
+        that compute-sanitizer's initcheck sees who reads it.
         """
-        pointer = self.allocate(array.nbytes)
         output = array.dtype == np.float32 and array.flags.writeable
         empty = "FLASHMOE_INITCHECK" in os.environ and output
         if array.nbytes and not (empty and np.isnan(array).all()):
             data = np.ascontiguousarray(array)
             self._call(
                 "cuMemcpyHtoD_v2",
-                ctypes.c_uint64(pointer),
+                ctypes.c_uint64(address),
                 data.ctypes.data_as(ctypes.c_void_p),
                 ctypes.c_size_t(data.nbytes),
             )
             # The call may return before the bytes are there, and the stream does not wait for it.
             self._call("cuCtxSynchronize")
-        return pointer
 
-    def download(self, pointer: int, array: Array) -> None:
+    def download(self, address: int, array: Array) -> None:
         self._call(
             "cuMemcpyDtoH_v2",
             array.ctypes.data_as(ctypes.c_void_p),
-            ctypes.c_uint64(pointer),
+            ctypes.c_uint64(address),
             ctypes.c_size_t(array.nbytes),
         )
 
@@ -125,25 +120,17 @@ class Gpu:
         self._call("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
         return function
 
-    def launch(self, dispatch: Dispatch, pointers: Mapping[int, int]) -> None:
-        """Queues a dispatch whose arrays lie at `pointers`, by index."""
-        constants = tuple(dispatch.constants.get(i, 0) for i in range(K["kFunctionConstants"]))
-        function = self._function(dispatch.kernel, constants)
-        values: list[Any] = []
-        for index, is_struct in nvrtc.buffers(dispatch.kernel):
-            if is_struct:
-                data = dispatch.buffers[index]
-                assert isinstance(data, bytes)
-                values.append(ctypes.create_string_buffer(data, len(data)))
-            else:
-                values.append(ctypes.c_uint64(pointers[index]))
-        addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
-        grid = (*dispatch.grid, 1, 1)[:3]
+    def launch(self, plan: Any, seed: int = 0) -> None:
+        """Queues a plan; `seed` means nothing."""
+        del seed
+        function = self._function(plan.kernel, tuple(plan.constants))
+        arguments = ctypes.create_string_buffer(plan.arguments, len(plan.arguments))
+        addresses = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         self._call(
             "cuLaunchKernel",
             function,
-            *grid,
-            dispatch.threads,
+            *plan.grid,
+            plan.threads,
             1,
             1,
             0,
@@ -154,26 +141,6 @@ class Gpu:
 
     def synchronize(self) -> None:
         self._call("cuStreamSynchronize", self.stream)
-
-    def run(
-        self,
-        kernel: str,
-        grid: Sequence[int],
-        threads: int,
-        buffers: Mapping[int, Array | bytes],
-        constants: Mapping[int, int] | None = None,
-        *,
-        seed: int = 0,
-    ) -> None:
-        """Runs a kernel on copies of `buffers` and copies the arrays back; `seed` means nothing."""
-        del seed
-        dispatch = Dispatch(kernel, tuple(grid), threads, dict(buffers), dict(constants or {}))
-        uploads = Uploads(self)
-        pointers = uploads.pointers(dispatch)
-        self.launch(dispatch, pointers)
-        self.synchronize()
-        uploads.download()
-        uploads.free()
 
     # ---- time ---------------------------------------------------------------------------------
 
@@ -203,34 +170,3 @@ class Gpu:
         self._call("cuGraphExecDestroy", executable)
         self._call("cuGraphDestroy", graph)
         return statistics.median(times[2:])
-
-
-class Uploads:
-    """Arrays on the device, each once, by identity."""
-
-    def __init__(self, gpu: Gpu) -> None:
-        self._gpu = gpu
-        self._arrays: dict[int, tuple[Array, int]] = {}
-
-    def pointer(self, array: Array) -> int:
-        if id(array) not in self._arrays:
-            self._arrays[id(array)] = array, self._gpu.upload(array)
-        return self._arrays[id(array)][1]
-
-    def pointers(self, dispatch: Dispatch) -> dict[int, int]:
-        """Device pointers of a dispatch's buffers, by index."""
-        return {
-            index: self.pointer(dispatch.buffers[index])
-            for index, is_struct in nvrtc.buffers(dispatch.kernel)
-            if not is_struct
-        }
-
-    def download(self) -> None:
-        for array, pointer in self._arrays.values():
-            if array.flags.writeable and array.nbytes:
-                self._gpu.download(pointer, array)
-
-    def free(self) -> None:
-        for _, pointer in self._arrays.values():
-            self._gpu.free(pointer)
-        self._arrays.clear()

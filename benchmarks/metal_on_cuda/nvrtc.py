@@ -1,7 +1,7 @@
 """Compiles the kernels of metal/ for NVIDIA GPUs with NVRTC, which needs no GPU.
 
-Each Metal kernel becomes a CUDA kernel of the same name and arguments: a struct in constant memory
-is passed by value, a place in the grid comes from CUDA's own variables.
+Each Metal kernel becomes a CUDA kernel of the same name, whose argument is the kernel's struct by
+value; a place in the grid comes from CUDA's own variables.
 """
 
 import ctypes
@@ -15,9 +15,6 @@ ROOT = Path(__file__).parent.parent.parent
 SHADERS = ROOT / "metal"
 INCLUDES = [Path(__file__).parent, SHADERS, ROOT / "tests" / "metal" / "executor" / "include"]
 
-sys.path.insert(0, str(ROOT / "tests" / "metal"))
-from shader_arguments import K  # noqa: E402
-
 _PLACES = {
     "threadgroup_position_in_grid": "uint3{blockIdx.x, blockIdx.y, blockIdx.z}",
     "thread_position_in_grid": (
@@ -28,55 +25,28 @@ _PLACES = {
     "simdgroup_index_in_threadgroup": "__shfl_sync(0xffffffffu, threadIdx.x / 32, 0)",
     "thread_index_in_simdgroup": "threadIdx.x % 32",
 }
-_THREADS = {
-    "rms_norm": K["kNormThreads"],
-    "combine": K["kCombineThreads"],
-}
+_BOUNDED = ("rms_norm", "combine")  # whose threads need the compiler to save registers
 
 
 @functools.cache
-def kernels() -> dict[str, tuple[Path, str]]:
-    """File and argument list of each kernel."""
-    macros: dict[str, str] = {}
-    for path in [*SHADERS.glob("*.h"), *SHADERS.glob("*.metal")]:
-        text = path.read_text().replace("\\\n", " ")
-        macros.update(re.findall(r"#define (\w+_ARGUMENTS) (.*)", text))
+def kernels() -> dict[str, tuple[Path, str, str]]:
+    """File, threads of a threadgroup and argument list of each kernel."""
     found = {}
     for path in sorted(SHADERS.glob("*.metal")):
-        text = path.read_text()
-        for macro, arguments in macros.items():
-            text = re.sub(rf"(?<!define )\b{macro}\b", arguments.replace("\\", ""), text)
-        for name, arguments in re.findall(r"kernel void (\w+)\((.*?)\)\s*\{", text, re.S):
-            found[name] = path, arguments
+        pattern = r"KERNEL\((\w+), (\w+)\)\((.*?)\)\s*\{"
+        for name, threads, arguments in re.findall(pattern, path.read_text(), re.S):
+            found[name] = path, threads, arguments
     return found
-
-
-@functools.cache
-def buffers(kernel: str) -> list[tuple[int, bool]]:
-    """The buffer indices of a kernel in the order of its arguments; whether it is a struct."""
-    result = []
-    for argument in kernels()[kernel][1].split(","):
-        index = re.search(r"\[\[buffer\((\w+)\)\]\]", argument)
-        if index:
-            result.append((K[index[1]], "&" in argument))
-    return result
 
 
 def _entry(kernel: str) -> str:
     """A __global__ function that calls `kernel`."""
-    parameters, values = [], []
-    for argument in kernels()[kernel][1].split(","):
-        kind, name, attribute = re.fullmatch(
-            r"\s*(.+?)(\w+)\s*\[\[(\w+)(?:\(\w+\))?\]\]\s*", argument, re.S
-        ).groups()
-        if attribute != "buffer":
-            values.append(_PLACES[attribute])
-            continue
-        by_value = kind.replace("&", "").replace("constant", "const __grid_constant__")
-        parameters.append(f"{by_value if '&' in kind else kind} {name}")
-        values.append(name)
-    bounds = f"__launch_bounds__({_THREADS[kernel]}) " if kernel in _THREADS else ""
-    signature = f"void {bounds}cuda_{kernel}({', '.join(parameters)})"
+    _, threads, arguments = kernels()[kernel]
+    struct, *places = arguments.split(",")
+    kind = re.search(r"constant (\w+)&", struct)[1]
+    values = ["args"] + [_PLACES[re.search(r"\[\[(\w+)\]\]", place)[1]] for place in places]
+    bounds = f"__launch_bounds__({threads}) " if kernel in _BOUNDED else ""
+    signature = f"void {bounds}cuda_{kernel}(const __grid_constant__ {kind} args)"
     return f'extern "C" __global__ {signature} {{ {kernel}({", ".join(values)}); }}\n'
 
 
@@ -120,12 +90,12 @@ def compile_source(source: str, architecture: str, options: tuple[str, ...] = ()
 def compile_kernels(file: str, constants: tuple[int, ...], architecture: str = "sm_90") -> bytes:
     """The cubin of a file of metal/, its kernels specialised. Raises RuntimeError."""
     source = f'#include "{file}"\n' + "".join(
-        _entry(name) for name, (path, _) in kernels().items() if path.name == file
+        _entry(name) for name, (path, *_) in kernels().items() if path.name == file
     )
     options = (
         "-default-device",
         "-diag-suppress=1097",  # attributes that CUDA does not know
-        "-D__METAL_VERSION__=240",
+        "-D__METAL_VERSION__=300",
         "-DFUNCTION_CONSTANTS=" + ",".join(map(str, constants)),
         *(f"-I{path}" for path in INCLUDES),
     )

@@ -22,7 +22,8 @@ from flashmoe.errors import (
 )
 
 if TYPE_CHECKING:
-    from flashmoe.generate.model import Model, Token
+    from flashmoe.generate.answer import Token
+    from flashmoe.generate.model import Model
     from flashmoe.generate.sampling import Sampling
     from flashmoe.generate.state import State
     from flashmoe.generate.stats import Stats
@@ -52,7 +53,7 @@ _MODULES = {
     "Sampling": "flashmoe.generate.sampling",
     "State": "flashmoe.generate.state",
     "Stats": "flashmoe.generate.stats",
-    "Token": "flashmoe.generate.model",
+    "Token": "flashmoe.generate.answer",
 }
 
 

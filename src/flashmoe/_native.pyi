@@ -36,11 +36,18 @@ class State:
     @property
     def position(self) -> int: ...
     @property
-    def nbytes(self) -> int: ...
+    def nbytes(self) -> int:
+        """Bytes held, those of shared keys and values too."""
+    @property
+    def shared(self) -> tuple[int, int]:
+        """The keys and values that forks share: what tells them from others, and their bytes."""
     @property
     def logits(self) -> npt.NDArray[np.float32] | None:
         """What the latest forward() predicts: float32 [vocab], read-only; None before the first."""
-    def fork(self) -> State: ...
+    def fork(self) -> State:
+        """A copy that shares keys and values until one of both writes behind the other's end.
+
+        It waits for no turn; StateError where the state is in use at this moment."""
     def export(self) -> dict[str, npt.NDArray[Any]]:
         """Copies: `layers.N.keys`, `.values` [kv_heads, position, head_dim] (float32, or uint16
         holding bfloat16), `.conv` [kernel - 1, channels], `.recurrent` [heads, Dk, Dv]. And
@@ -48,8 +55,19 @@ class State:
     def restore(self, position: int, tensors: dict[str, npt.NDArray[Any]]) -> None:
         """What export() gave, into a fresh state. ValueError for any other shape or dtype."""
 
+class Request:
+    """Who wants passes. Once a thread has cancelled it they raise StoppedError within a layer."""
+
+    def cancel(self) -> None: ...
+    @property
+    def cancelled(self) -> bool: ...
+    @property
+    def seconds(self) -> float:
+        """What its latest pass took, without the wait for its turn."""
+
 class Engine:
-    """A loaded model. Threads that use it and its states take turns, in the order they asked.
+    """A loaded model. Threads that use it and its states take turns, in the order they asked;
+    only `State.fork` waits for none.
 
     A call waits for its turn without the GIL. From a signal handler that interrupts another call
     of its thread it would wait for ever, and raises StateError instead.
@@ -87,6 +105,7 @@ class Engine:
         ids: npt.NDArray[np.int32],
         all_logits: bool = False,
         routing: Literal[False] = False,
+        request: Request | None = None,
     ) -> npt.NDArray[np.float32]: ...
     @overload
     def forward(
@@ -96,6 +115,7 @@ class Engine:
         all_logits: bool = False,
         *,
         routing: Literal[True],
+        request: Request | None = None,
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]:
         """Appends ids to state; float32 logits [vocab] of the last one, or [len(ids), vocab].
 
@@ -103,13 +123,14 @@ class Engine:
         likeliest first.
 
         ids go through in chunks of `chunk`. After an exception (ReadError, CheckpointError,
-        StateError, DeviceError, KeyboardInterrupt) state is as it was before the chunk that failed.
+        StateError, DeviceError, StoppedError, KeyboardInterrupt) state is as it was before the
+        chunk that failed.
         """
     def stats(self) -> dict[str, float]:
         """reads, bytes_read, bytes_cached (of them in the page cache; -1 where the system cannot
         tell), read_seconds (summed over reads, which overlap), wait_seconds, expert_hits,
-        expert_misses, tokens, forward_seconds, head_seconds, resident_bytes, slot_bytes,
-        activation_bytes."""
+        expert_misses, rows (passed to Forward), forward_seconds, head_seconds, resident_bytes,
+        slot_bytes, activation_bytes."""
     def layer_times(self) -> list[dict[str, float]]:
         """Seconds so far in each layer, as the host saw them: mixer, router (with the norm before
         it), wait (for experts), experts (the shared one too) and combine (with the norm that the

@@ -50,3 +50,7 @@ class WriteError(FlashMoeError, OSError):
 
 class StateError(FlashMoeError, RuntimeError):
     """A model or state is closed, full, or in use."""
+
+
+class StoppedError(FlashMoeError):
+    """A pass ended early because its request was cancelled. Never leaves the package."""

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The Python module compiled and linked for arm64, on Linux and on macOS, by zig: the same CMake
 # build, warnings included, with this machine's Python headers. Nothing is run (test_neon.py does).
-#     tests/cross/compile.sh BUILD_DIRECTORY       needs cmake, ninja, nanobind and ziglang
+#     tests/cross/compile.sh BUILD_DIRECTORY TARGET     needs cmake, ninja, nanobind and ziglang
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 mkdir -p "$1"
@@ -50,8 +50,12 @@ exec $python -m ziglang c++ -target $target \"\$@\""
   cmake --build "$build/$target" -j 2
 }
 
-compile aarch64-linux-gnu -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64
-# CMake asks for a tool that only an installation would use.
-compile aarch64-macos -DCMAKE_SYSTEM_NAME=Darwin -DCMAKE_SYSTEM_PROCESSOR=arm64 \
-  -DCMAKE_INSTALL_NAME_TOOL="$(command -v true)" \
-  -DCMAKE_OBJCXX_FLAGS="-I$PWD/tests/metal/include -isystem $PWD/tests/metal/include/macos"
+case $2 in
+  aarch64-linux-gnu)
+    compile "$2" -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 ;;
+  aarch64-macos) # CMake asks for a tool that only an installation would use
+    compile "$2" -DCMAKE_SYSTEM_NAME=Darwin -DCMAKE_SYSTEM_PROCESSOR=arm64 \
+      -DCMAKE_INSTALL_NAME_TOOL="$(command -v true)" \
+      -DCMAKE_OBJCXX_FLAGS="-I$PWD/tests/metal/include -isystem $PWD/tests/metal/include/macos" ;;
+  *) echo "$2 is not aarch64-linux-gnu or aarch64-macos" >&2; exit 2 ;;
+esac

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).parents[2]
-HOST = ROOT / "src" / "flashmoe_native" / "backend" / "metal"
+BACKEND = ROOT / "src" / "flashmoe_native" / "backend"
+HOST = BACKEND / "metal"
 PROFILE = Path("/usr/lib/llvm-19/lib/clang/19/lib/linux/libclang_rt.profile-x86_64.a")
 PACKAGES = "clang-19 llvm-19 libclang-rt-19-dev gobjc++ libgnustep-base-dev libblocksruntime-dev"
 
@@ -75,17 +76,18 @@ class Simulator:
         return site
 
     def mutant(self, site: Path, file: str, right: str, wrong: str) -> Path:
-        """As install(), with a fault planted in one file of the host code.
+        """As install(), with a fault planted in one file of backend/.
 
         Raises FailedError with the compiler's words where it does not compile.
         """
-        text = (HOST / file).read_text()
+        text = (BACKEND / file).read_text()
         assert text.count(right) == 1, f"{file}: {right!r} is there {text.count(right)} times"
         site.mkdir(parents=True)
-        source, object_file, native = site / file, site / "mutant.o", site / self.native.name
+        source, object_file = site / Path(file).name, site / "mutant.o"
+        native = site / self.native.name
         source.write_text(text.replace(right, wrong))
         database = json.loads((self.build / "compile_commands.json").read_text())
-        entry = next(e for e in database if e["file"] == str(HOST / file))
+        entry = next(e for e in database if e["file"] == str(BACKEND / file))
         command = shlex.split(entry["command"])
         command[command.index("-o") + 1 :] = [str(object_file), "-c", str(source)]
         _run(command, cwd=self.build)
@@ -122,12 +124,24 @@ class Simulator:
 
         Raises FailedError with its stderr where it fails, leaks or misuses Metal.
         """
+        return self._python(code, arguments, settings or {}, site).stdout
+
+    def trace(self, code: str, *arguments: str, site: Path | None = None) -> list[str]:
+        """As python(), but the lines on stderr, those of the simulator's trace among them."""
+        return self._python(code, arguments, {"TRACE": 1}, site).stderr.splitlines()
+
+    def _python(
+        self,
+        code: str,
+        arguments: Sequence[str],
+        settings: Mapping[str, object],
+        site: Path | None,
+    ) -> "subprocess.CompletedProcess[str]":
         environment = dict(os.environ)
-        environment["PYTHONPATH"] = os.pathsep.join(
-            map(str, (site or self.site, ROOT / "tests", Path(__file__).parent))
-        )
+        path = (site or self.site, Path(__file__).parent, Path(__file__).parents[1])
+        environment["PYTHONPATH"] = os.pathsep.join(map(str, path))
         environment["LLVM_PROFILE_FILE"] = str(self.profiles / "%p.profraw")
-        for name, value in (settings or {}).items():
+        for name, value in settings.items():
             environment[f"METAL_SIMULATOR_{name}"] = str(value)
         command = [sys.executable, "-c", code, *arguments]
         result = subprocess.run(
@@ -135,7 +149,7 @@ class Simulator:
         )
         if result.returncode != 0:
             raise FailedError(result.stderr)
-        return result.stdout
+        return result
 
     def logits(
         self,

@@ -1,25 +1,26 @@
-"""Runs the Metal kernels of metal/ on the CPU, through tests/metal/executor.
+"""Runs the Metal kernels of metal/ on the CPU, through tests/metal/executor: a Device of
+gpu_plans.py.
 
     executor = Executor(build(directory))
-    executor.run("rms_norm", (tokens,), 1024, {0: x, 1: weight, 2: out, 3: arguments})
+    run_on(executor, rms_norm(x, weight, 1e-6, out))
 
-Arrays are passed in guarded memory, so that a read or write past their end fails, and what the
-kernel wrote is copied back into them.
+Arrays lie in guarded memory, so that a read or write past their end fails.
 """
 
 import ctypes
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "tests" / "metal" / "executor"
 SHADERS = ROOT / "metal"
-BUFFERS, CONSTANTS = 31, 16
+CONSTANTS = 16
 _PATTERN = "-ftrivial-auto-var-init=pattern"
 
 
@@ -59,20 +60,16 @@ def build(directory: Path, shaders: Path = SHADERS, flags: Sequence[str] = ()) -
     return library
 
 
-class _Buffer(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), ("length", ctypes.c_uint64)]
-
-
 class _Dispatch(ctypes.Structure):
     _fields_ = [
         ("kernel", ctypes.c_char_p),
         ("threadgroups", ctypes.c_uint32 * 3),
         ("threads", ctypes.c_uint32 * 3),
-        ("buffers", _Buffer * BUFFERS),
+        ("arguments", ctypes.c_char_p),
+        ("arguments_length", ctypes.c_uint64),
         ("constants", ctypes.c_uint32 * CONSTANTS),
         ("constants_set", ctypes.c_uint32),
         ("seed", ctypes.c_uint32),
-        ("used_buffers", ctypes.c_uint32),
         ("used_constants", ctypes.c_uint32),
     ]
 
@@ -89,48 +86,46 @@ class Executor:
         self._library.executor_free.argtypes = [ctypes.c_void_p]
         self._library.executor_free.restype = ctypes.c_char_p
 
-    def run(
+    def allocate(self, size: int) -> int:
+        return int(self._library.executor_allocate(size))
+
+    def upload(self, address: int, array: np.ndarray) -> None:
+        ctypes.memmove(address, np.ascontiguousarray(array).ctypes.data, array.nbytes)
+
+    def download(self, address: int, array: np.ndarray) -> None:
+        ctypes.memmove(array.ctypes.data, address, array.nbytes)
+
+    def free(self, address: int) -> None:
+        """Raises DispatchError where bytes just past the end were written."""
+        error = self._library.executor_free(address)
+        if error:
+            raise DispatchError(error.decode())
+
+    def launch(self, plan: Any, seed: int) -> None:
+        """Raises DispatchError."""
+        self.dispatch(plan.kernel, plan.grid, plan.threads, plan.arguments, plan.constants, seed)
+
+    def dispatch(
         self,
         kernel: str,
         grid: Sequence[int],
         threads: int,
-        buffers: Mapping[int, np.ndarray | bytes],
-        constants: Mapping[int, int] | None = None,
-        *,
+        arguments: bytes,
+        constants: Sequence[int] = (),
         seed: int = 1,
-    ) -> set[int]:
-        """Runs `kernel` over `grid` threadgroups and returns the indices that it read.
-
-        buffers: what is bound, by index; arrays receive what the kernel writes to them, an array
-        that is bound twice is one buffer. Raises DispatchError.
-        """
-        dispatch = _Dispatch(kernel=kernel.encode(), seed=seed)
-        dispatch.threadgroups[:] = (*grid, 1, 1)[:3]
+    ) -> None:
+        """As launch(). `constants` are the first of all; those beyond have no value."""
+        dispatch = _Dispatch(kernel=kernel.encode(), seed=seed, arguments_length=len(arguments))
+        dispatch.threadgroups[:] = grid
         dispatch.threads[:] = (threads, 1, 1)
-        for index, value in (constants or {}).items():
+        # (the executor takes no address for nothing; a c_char_p keeps every byte)
+        dispatch.arguments = arguments or None
+        for index, value in enumerate(constants):
             dispatch.constants[index] = value
             dispatch.constants_set |= 1 << index
-        guarded: dict[int, int] = {}
-        problems: list[str] = []
-        try:
-            for index, array in buffers.items():
-                size = array.nbytes if isinstance(array, np.ndarray) else len(array)
-                if id(array) not in guarded:
-                    guarded[id(array)] = self._library.executor_allocate(size)
-                    data = array.tobytes() if isinstance(array, np.ndarray) else array
-                    ctypes.memmove(guarded[id(array)], data, size)
-                dispatch.buffers[index] = _Buffer(guarded[id(array)], size)
-            error = self._library.executor_run(ctypes.byref(dispatch))
-            if error:
-                problems.append(error.decode())
-            for array in buffers.values():
-                if isinstance(array, np.ndarray) and array.flags.writeable:
-                    ctypes.memmove(array.ctypes.data, guarded[id(array)], array.nbytes)
-        finally:
-            for data in guarded.values():
-                error = self._library.executor_free(data)
-                if error:
-                    problems.append(error.decode())
-        if problems:
-            raise DispatchError("; ".join(problems))
-        return {index for index in range(BUFFERS) if dispatch.used_buffers >> index & 1}
+        error = self._library.executor_run(ctypes.byref(dispatch))
+        if error:
+            raise DispatchError(error.decode())
+
+    def synchronize(self) -> None:
+        """(a launch returns when it is done)"""

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import test_kernels as ours
 from apple_kernels import build, missing_tools
-from shader_dispatch import F32, Array, product, random_weight, rms_norm, rms_norm_reference
+from gpu_plans import Memory, matmul, rms_norm
+from gpu_references import F32, Array, random_weight, rms_norm_reference
 from shader_executor import DispatchError, Executor
 from test_kernels import assert_close, empty, normal, rng
 
@@ -35,8 +36,26 @@ def apple(tmp_path_factory: pytest.TempPathFactory) -> Executor:
     return Executor(build(tmp_path_factory.mktemp("apple"), library, [MATVEC, NORM, SOFTMAX]))
 
 
-def int32(*values: int) -> bytes:
-    return np.array(values, np.int32).tobytes()
+def int32(value: int) -> Array:
+    return np.array([value], np.int32)
+
+
+def run(
+    apple: Executor,
+    kernel: str,
+    groups: tuple[int, int],
+    threads: int,
+    buffers: list[Array],
+    seed: int,
+) -> None:
+    """Runs a kernel whose buffers are bound at the indices 0, 1, ..."""
+    memory = Memory(apple)
+    try:
+        table = np.array([memory.place(array) for array in buffers], np.uint64)
+        apple.dispatch(kernel, (*groups, 1), threads, table.tobytes(), seed=seed)
+        memory.download()
+    finally:
+        memory.free()
 
 
 @pytest.mark.parametrize("seed", ours.SEEDS)
@@ -45,10 +64,9 @@ def test_matrix_times_vector(apple: Executor, executor: Executor, seed: int) -> 
     rows, columns = 24, 1024
     x, weight = normal(r, 1, columns), random_weight(r, rows, columns, 4, 64, F32)
     found, own = empty(1, rows), empty(1, rows)
-    buffers: dict[int, Array | bytes] = {0: weight.weight, 1: weight.scales, 2: weight.biases}
-    buffers |= {3: x, 4: found, 5: int32(columns), 6: int32(rows)}
-    apple.run(MATVEC, (1, rows // 8), 64, buffers, seed=seed)
-    ours.runner(executor)(product("matvec", x, [weight], [own], [0]), seed)
+    buffers = [*weight.arrays, x, found, int32(columns), int32(rows)]
+    run(apple, MATVEC, (1, rows // 8), 64, buffers, seed)
+    ours.runner(executor)(matmul(x, [weight], [own], [0]), seed)
     assert_close(found, x @ weight.values().T, 1e-6)
     assert_close(found, own, 1e-6)
 
@@ -60,9 +78,8 @@ def test_rms_norm(apple: Executor, executor: Executor, width: int, seed: int) ->
     r = rng()
     x, weight = normal(r, 3, width), normal(r, width)
     found, own = empty(3, width), empty(3, width)
-    buffers: dict[int, Array | bytes] = {0: x, 1: weight, 2: found}
-    buffers |= {3: np.float32(1e-6).tobytes(), 4: int32(width), 5: int32(1)}
-    apple.run(NORM, (3,), -(-width // 128) * 32, buffers, seed=seed)
+    buffers = [x, weight, found, np.array([1e-6], np.float32), int32(width), int32(1)]
+    run(apple, NORM, (3, 1), -(-width // 128) * 32, buffers, seed)
     ours.runner(executor)(rms_norm(x, weight, 1e-6, own), seed)
     assert_close(found, rms_norm_reference(x, weight, 1e-6), 1e-6)
     assert_close(found, own, 1e-6)
@@ -71,7 +88,7 @@ def test_rms_norm(apple: Executor, executor: Executor, width: int, seed: int) ->
 @pytest.mark.parametrize("seed", ours.SEEDS)
 def test_softmax(apple: Executor, seed: int) -> None:
     x, found = normal(rng(), 2, 517) * 3, empty(2, 517)
-    apple.run(SOFTMAX, (2,), 160, {0: x, 1: found, 2: int32(517)}, seed=seed)
+    run(apple, SOFTMAX, (2, 1), 160, [x, found, int32(517)], seed)
     expected = np.exp(x.astype(np.float64))
     assert_close(found, expected / expected.sum(-1, keepdims=True), 1e-6)
 
@@ -79,4 +96,4 @@ def test_softmax(apple: Executor, seed: int) -> None:
 def test_an_input_that_is_too_short(apple: Executor) -> None:
     x, found = normal(rng(), 1, 508), empty(1, 512)
     with pytest.raises(DispatchError, match="past the end"):
-        apple.run(SOFTMAX, (1,), 128, {0: x, 1: found, 2: int32(512)})
+        run(apple, SOFTMAX, (1, 1), 128, [x, found, int32(512)], 1)

@@ -1,5 +1,6 @@
 """The checks of the shaders are themselves checked: each planted fault must be rejected."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,7 @@ def _delta(run: Run) -> None:
 
 
 def _attention(run: Run) -> None:
-    kernels.test_attention(run, F32, (7, 3, 1, 96, 22, 61), 32)
+    kernels.test_attention(run, F32, (7, 3, 1, 96, 22, 61), kernels.SHORT)
 
 
 def _norm(run: Run) -> None:
@@ -119,7 +120,7 @@ EXECUTED = [
         "attention.metal",
         f"    {_BARRIER}\n  }}\n\n#pragma unroll\n  for (uint r",
         "  }\n\n#pragma unroll\n  for (uint r",
-        lambda run: kernels.test_attention(run, F32, (5, 8, 1, 64, 16, 130), 1024),
+        lambda run: kernels.test_attention(run, F32, (5, 8, 1, 64, 16, 130), {"enough_groups": 1}),
     ),
     Mutant(
         "outputs normed before the last token's are there",
@@ -184,19 +185,11 @@ EXECUTED = [
         "misaligned",
     ),
     Mutant(
-        "two buffers exchanged",
+        "two arrays exchanged",
         "norm.metal",
-        "[[buffer(kCombineSharedOut)]]",
-        "[[buffer(kCombineExpertOut)]]",
+        "args.shared_out;",
+        "args.expert_out;",
         lambda run: kernels.test_combine_adds_to_the_stream_and_norms_it(run, 96),
-    ),
-    Mutant(
-        "an index that the host does not bind",
-        "route.metal",
-        "[[buffer(kRouteWeights)]]",
-        "[[buffer(kRouteWeights + 7)]]",
-        lambda run: kernels.test_route(run, 8, 4, True),
-        "nothing is bound at index 9",
     ),
     Mutant(
         "more threadgroup memory than there is",
@@ -209,8 +202,8 @@ EXECUTED = [
     Mutant(
         "up in the format of gate",
         "experts.metal",
-        "{second_format(), find(sources, expert.up)",
-        "{first_format(), find(sources, expert.up)",
+        "{second_format(), stored(expert.up)",
+        "{first_format(), stored(expert.up)",
         lambda run: kernels.test_gate_and_up_of_different_formats(run, False),
     ),
     Mutant(
@@ -239,7 +232,7 @@ EXECUTED = [
         "common.h",
         "(bits + 0x7fff + ((bits >> 16) & 1))",
         "(bits)",
-        lambda run: kernels.test_attention(run, BF16, (7, 3, 1, 96, 22, 61), 32),
+        lambda run: kernels.test_attention(run, BF16, (7, 3, 1, 96, 22, 61), kernels.SHORT),
     ),
 ]
 
@@ -266,20 +259,25 @@ TYPED = [
     _typed(
         "constants passed as device memory",
         "experts.metal",
-        "constant StoredMatrix& matrix",
-        "device StoredMatrix& matrix",
+        "find_tile(constant ExpertArguments& args",
+        "find_tile(device ExpertArguments& args",
     ),
     _typed(
         "a write to an input",
         "norm.metal",
-        "device float* out [[buffer(kNormOut)]]",
-        "device const float* out [[buffer(kNormOut)]]",
+        "device float* normed = args.normed",
+        "device const float* normed = args.normed",
     ),
     _typed(
         "a double", "common.h", "INLINE float sigmoid(float x)", "INLINE double sigmoid(float x)"
     ),
     _typed("a name that is not Metal's", "delta.metal", "log(u)", "log1p(u)"),
-    _typed("a field that does not exist", "route.metal", "args.top_k;", "args.topk;"),
+    _typed(
+        "a field that does not exist",
+        "route.metal",
+        "j < args.experts_per_token;",
+        "j < args.experts_a_token;",
+    ),
 ]
 
 
@@ -292,11 +290,37 @@ def test_the_type_check_rejects(mutant: Mutant, tmp_path: Path) -> None:
     assert any(problems(shaders / name, mode) for name in FILES for mode in MODES)
 
 
-def test_the_type_check_rejects_two_arguments_at_one_index(tmp_path: Path) -> None:
+@pytest.mark.parametrize("new", ["[[buffer(1)]]", ""], ids=["index 1", "no index"])
+def test_a_kernel_whose_struct_is_not_at_index_0_is_rejected(new: str, tmp_path: Path) -> None:
     pytest.importorskip("clang.cindex", reason="needs libclang")
     import test_types  # noqa: PLC0415
 
-    mutant = next(m for m in EXECUTED if m.fault == "two buffers exchanged")
+    mutant = _typed("another index", "route.metal", "[[buffer(0)]]", new)
+    with pytest.raises(AssertionError, match="route"):
+        test_types.check_arguments(mutant.plant(tmp_path))
+
+
+UNROLLED = [
+    _typed(
+        "a loop not unrolled",
+        "delta.metal",
+        "#pragma unroll\n      for (uint r",
+        "      for (uint r",
+        2,
+    ),
+    _typed(
+        "a function constant as a bound", "matvec.metal", "q < kMaxQuads;", "q < quads_constant;"
+    ),
+    _typed("a helper not inlined", "matvec.h", "INLINE void add_quad", "inline void add_quad"),
+    _typed("an element chosen at run time", "tiles.h", "out[i] = fma", "out[(i + row) % 16] = fma"),
+]
+
+
+@pytest.mark.skipif(not shutil.which("clang-19"), reason="needs clang-19")
+@pytest.mark.parametrize("mutant", UNROLLED, ids=lambda m: m.fault.replace(" ", "-"))
+def test_an_array_in_memory_is_rejected(mutant: Mutant, tmp_path: Path) -> None:
+    pytest.importorskip("clang.cindex", reason="needs libclang")
+    from test_types import FILES, memory_of_threads  # noqa: PLC0415
+
     shaders = mutant.plant(tmp_path)
-    with pytest.raises(AssertionError, match="combine"):
-        test_types.check_indices(shaders)
+    assert any(memory_of_threads(shaders / name, tmp_path / "out.ll") for name in FILES)

@@ -7,7 +7,7 @@ tests/metal/test_kernels.py` the tests of every kernel.
 import sys
 
 import pytest
-from shader_dispatch import BF16, F16, F32
+from gpu_references import BF16, F16, F32
 from shader_executor import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks" / "metal_on_cuda"))
@@ -22,11 +22,11 @@ def _library() -> None:
         pytest.skip(str(error))  # it is made for Linux on x86-64
 
 
-@pytest.mark.parametrize("file", sorted({path.name for path, _ in nvrtc.kernels().values()}))
+@pytest.mark.parametrize("file", sorted({path.name for path, *_ in nvrtc.kernels().values()}))
 @pytest.mark.parametrize("form", [(4, 64, BF16), (2, 32, F16), (0, 0, F32)], ids=str)
 def test_every_kernel_compiles_for_hopper(file: str, form: tuple[int, int, int]) -> None:
     cubin = nvrtc.compile_kernels(file, (*form, *form, form[2] and BF16, 2), "sm_90")
-    for kernel, (path, _) in nvrtc.kernels().items():
+    for kernel, (path, *_) in nvrtc.kernels().items():
         assert path.name != file or f"cuda_{kernel}".encode() in cubin
 
 

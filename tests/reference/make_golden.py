@@ -21,7 +21,7 @@ import test_demo  # noqa: E402
 import test_sampling  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from engines import random_ids  # noqa: E402
+from engines import DEMO, random_ids  # noqa: E402
 from fake_engine import make_tokenizer  # noqa: E402
 from mlx_lm import utils  # noqa: E402
 from transformers.generation import logits_process as process  # noqa: E402
@@ -69,12 +69,12 @@ def _greedy(model: transformers.PreTrainedModel, prompt: np.ndarray) -> np.ndarr
 def demo() -> Arrays:
     """Of the model in the package: logits and experts in transformers, perplexity in mlx-lm."""
     ids = test_demo.heldout_ids()
-    model = libraries.demo_in_transformers(test_demo.DEMO)
+    model = libraries.demo_in_transformers(DEMO)
     routed: list[np.ndarray] = []
     for layer in model.model.layers:
         layer.mlp.gate.register_forward_hook(lambda _, __, out: routed.append(out[2].numpy()))
     rows = libraries.transformers_logits(model, ids)[golden.DEMO_ROWS]
-    quantised, _ = utils.load_model(test_demo.DEMO)
+    quantised, _ = utils.load_model(DEMO)
     part = ids[: golden.PERPLEXITY_TOKENS]
     theirs = np.array(quantised(mx.array(part[None, :-1])).astype(mx.float32))[0]
     return {

@@ -1,6 +1,7 @@
 """JSON files of a checkpoint: read with a limit on size, refused when damaged or ambiguous."""
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,28 @@ def parse_object(data: bytes, where: str) -> dict[str, Any]:
         raise CheckpointError(f"{where}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{where}: a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def strict_json(text: str) -> Any:
+    """The value of a JSON text that can be written as one again and encoded as UTF-8.
+
+    Raises:
+        ValueError: not JSON, nested too deeply, or it holds NaN, a number that is too large, or
+            half of a surrogate pair.
+    """
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
+        json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    return value
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:80]} is too large a number")
     return value
 
 

@@ -144,6 +144,17 @@ class Checkpoint:
         """Its tokenizer; CheckpointError where there is none, or a damaged one."""
         return Tokenizer.load(self.directory)
 
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """The ids of a text, each of which the model has; `special` as `Tokenizer.encode`'s."""
+        ids = self.tokenizer.encode(text, special=special)
+        if ids and max(ids) >= self.config.vocab_size:
+            raise CheckpointError(
+                f"{self.directory / 'tokenizer.json'}: gives token id {max(ids)}, and the model's "
+                f"vocabulary is {self.config.vocab_size}; the two are not of one model: download "
+                "both again"
+            )
+        return ids
+
     @cached_property
     def template(self) -> ChatTemplate | None:
         """Its chat template, compiled when it is first used; None where it has none."""

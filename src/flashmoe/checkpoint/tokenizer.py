@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,6 +87,14 @@ class Tokenizer:
             ) from None
         with _explained(self._path):
             return self.library.encode(text, add_special_tokens=special)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens as they are written."""
+        return str(self.library.decode(list(ids), skip_special_tokens=False))
+
+    def token(self, token: int) -> str:
+        """How a token is written in a text, special ones too; "" for an id that is none."""
+        return self.library.id_to_token(token) or ""
 
     def piece(self, token: int) -> str:
         """The vocabulary's entry for an id, in the byte alphabet; "" for special ones and none."""

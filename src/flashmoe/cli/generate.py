@@ -42,7 +42,8 @@ def demo(
     """
     with open_model("demo") as model:
         messages = [{"role": "user", "content": prompt}]
-        tokens = model.chat(messages, max_tokens=max_tokens, temperature=temperature, seed=seed)
+        ids = model.prompt_ids(messages)
+        tokens = model.generate(ids, max_tokens=max_tokens, temperature=temperature, seed=seed)
         typer.secho(f"> {prompt}", err=True, bold=True)
         stream(model, tokens, as_json)
 
@@ -148,8 +149,7 @@ def generate(
                 messages = [{"role": "user", "content": prompt}]
                 if system is not None:
                     messages.insert(0, {"role": "system", "content": system})
-                variables = {} if think is None else {"enable_thinking": think}
-                tokens = model.chat(messages, variables=variables, **options)
+                tokens = model.generate(model.prompt_ids(messages, think=think), **options)
             else:
                 tokens = model.generate(prompt, **options)
             stream(model, tokens, as_json)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import typer
@@ -14,7 +14,9 @@ from flashmoe.cli.options import parse_experts
 from flashmoe.cli.progress import Bar
 
 if TYPE_CHECKING:
-    from flashmoe.generate.model import Model, Token
+    from flashmoe.generate.answer import Token
+    from flashmoe.generate.model import Model
+    from flashmoe.generate.steps import Tokens
 
 
 @contextlib.contextmanager
@@ -49,7 +51,7 @@ def open_model(
         yield model
 
 
-def stream(model: Model, tokens: Generator[Token, None, None], as_json: bool) -> None:
+def stream(model: Model, tokens: Tokens, as_json: bool) -> None:
     """Prints texts as they come and statistics at the end; all of it at the end for JSON."""
     taken: list[Token] = []
     try:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import functools
+import importlib.resources
 import logging
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +24,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("flashmoe")
 
-KERNELS = Path(__file__).parents[1] / "metal"
-"""Where an installed flashmoe has the sources of its GPU kernels."""
 Progress = Callable[[int, int], None]
 
 
@@ -72,6 +75,22 @@ def open_engine(checkpoint: Checkpoint, setting: Setting, progress: Progress | N
     return Engine(_load(checkpoint, setting, names[-1], progress), checkpoint, setting)
 
 
+@functools.cache
+def kernel_sources() -> Path:
+    """The directory of the GPU kernels' sources, if this build has any.
+
+    In a zipped application it is a copy, which lives until exit: the GPU's compiler reads files.
+    """
+    found = importlib.resources.files("flashmoe").joinpath("metal")
+    if isinstance(found, Path) or not found.is_dir():
+        return Path(str(found))
+    copy = Path(tempfile.mkdtemp(prefix="flashmoe-"))
+    atexit.register(shutil.rmtree, copy, ignore_errors=True)
+    for file in found.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    return copy
+
+
 def _load(
     checkpoint: Checkpoint, setting: Setting, backend: str, progress: Progress | None
 ) -> _native.Engine:
@@ -92,7 +111,7 @@ def _load(
             threads=setting.threads,
             cache_bytes=setting.cache_bytes,
             chunk=setting.chunk,
-            kernels=str(KERNELS),
+            kernels=str(kernel_sources()),
             overlap=setting.overlap,
             progress=progress,
         )

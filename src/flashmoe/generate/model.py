@@ -6,10 +6,9 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,42 +17,33 @@ from flashmoe.checkpoint.config import ExpertsPerToken, ModelConfig
 from flashmoe.checkpoint.open import Checkpoint
 from flashmoe.checkpoint.template import ChatTemplate, Message
 from flashmoe.errors import ArgumentError, CheckpointError, StateError
+from flashmoe.generate.answer import Token
+from flashmoe.generate.background import AsyncChat, Background
+from flashmoe.generate.chat import Chat, Turn
+from flashmoe.generate.conversations import Conversations
+from flashmoe.generate.dialect import Dialect
 from flashmoe.generate.engine import Progress, Setting, open_engine
+from flashmoe.generate.parse import AnswerParser
+from flashmoe.generate.processors import LogitsProcessor
+from flashmoe.generate.prompt import Prompts
 from flashmoe.generate.sampling import Sampler, Sampling
+from flashmoe.generate.scheduler import Scheduler
 from flashmoe.generate.state import State
 from flashmoe.generate.stats import Meter, Stats
+from flashmoe.generate.steps import Tokens, Work
 from flashmoe.generate.text import TextStream
+from flashmoe.generate.tools import tools_of
 from flashmoe.machine import probe
 from flashmoe.machine.budget import check_room, default_cache, parse_bytes, prompt_chunk
 
 if TYPE_CHECKING:
     import tokenizers
 
-    from flashmoe import _native
-
 log = logging.getLogger("flashmoe")
 
 PRECISIONS = ("int8", "float32")
 BACKENDS = ("auto", "cpu", "metal")
 MAX_THREADS = 1024
-_Number = TypeVar("_Number", bound=np.generic)
-
-
-@dataclass(frozen=True)
-class Token:
-    """One step of a generation.
-
-    Attributes:
-        id: in the model's vocabulary.
-        text: what became final with it. Often "", where a character or what may be a stop string is
-            not complete yet, and for special tokens; all texts together are the answer.
-        logprob: natural logarithm of its probability under the model, before penalties,
-            temperature and filters.
-    """
-
-    id: int
-    text: str
-    logprob: float
 
 
 class Model:
@@ -76,6 +66,8 @@ class Model:
         cache: memory for experts, as bytes or as in "4GB"; 0 leaves caching to the system's page
             cache; None decides with `default_cache`.
         context: most tokens of a sequence; None is the model's own limit.
+        conversations: memory to keep the states of conversations in, so that `chat` computes only
+            what is new in them; as bytes or as in "4GB"; None is a tenth of the memory available.
         overlap: whether a GPU computes experts while others are being read. On a Mac both share the
             memory's bandwidth, so by default they take turns. The CPU always overlaps.
         progress: called with (bytes read, bytes in all) while the resident weights are loaded.
@@ -95,6 +87,7 @@ class Model:
         threads: int | None = None,
         cache: int | str | None = None,
         context: int | None = None,
+        conversations: int | str | None = None,
         overlap: bool = False,
         progress: Progress | None = None,
     ) -> None:
@@ -128,6 +121,12 @@ class Model:
         )
         self._engine = open_engine(checkpoint, self.setting, progress)
         self._native = self._engine.native
+        self._scheduler = Scheduler(self._native, self.setting.chunk)
+        self._prompts = Prompts(checkpoint)
+        self._conversations = Conversations(
+            available // 10 if conversations is None else parse_bytes(conversations)
+        )
+        self._closed = False
         self.backend = self._native.backend
         self._totals: Mapping[str, float] = self._native.stats()
         self._meter = Meter(self._totals)
@@ -164,6 +163,8 @@ class Model:
             self._totals = self._native.stats()
         with contextlib.suppress(StateError):  # the program ends
             self._native.close()
+        self._closed = True
+        self._conversations.clear()
 
     @property
     def source(self) -> str:
@@ -230,9 +231,11 @@ class Model:
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
         ignore_eos: bool = False,
+        logprobs: int = 0,
+        processors: Sequence[LogitsProcessor] = (),
         state: State | None = None,
         progress: Progress | None = None,
-    ) -> Generator[Token, None, None]:
+    ) -> Tokens:
         """Continues a prompt, token by token.
 
         A text is taken as it is; `chat` renders a conversation first. What of temperature, top_k,
@@ -247,6 +250,8 @@ class Model:
             seed: the same seed draws the same tokens; None draws others each time.
             stop: ends the answer before the first of these strings.
             ignore_eos: go on after an end-of-sequence token.
+            logprobs: how many of the most probable tokens each token is to carry.
+            processors: change logits after the penalties; see `LogitsProcessor`.
             state: what came before; it then holds the prompt and every token given out.
             progress: called with (prompt tokens computed, prompt tokens) after each chunk.
         Raises:
@@ -257,7 +262,6 @@ class Model:
                 could not grow. As after Ctrl-C, the state keeps its tokens: an empty prompt goes on
                 from there.
         """
-        _check_count("max_tokens", max_tokens, 0)
         sampling = self.sampling.override(
             temperature=temperature,
             top_k=top_k,
@@ -266,46 +270,142 @@ class Model:
             repetition_penalty=repetition_penalty,
             presence_penalty=presence_penalty,
         )
+        _check_count("max_tokens", max_tokens, 0)
+        _check_count("logprobs", logprobs, 0)
         ids = self._encode(prompt)
-        if state is None:
-            state = self.new_state()
-        self._check_own(state)
+        self._check_open()
+        before: list[int] = []
+        if state is not None:
+            self._check_own(state)
+            before = state._tokens
         self._check_room(state, ids)
-        stream = self._text_stream(stop)
-        sampler = Sampler(sampling, seed, seen=(*state._tokens, *ids))
-        eos = frozenset(() if ignore_eos else self.config.eos_token_ids)
-        return self._steps(ids, state, sampler, stream, max_tokens, eos, progress)
+
+        def begin(state: State) -> None:
+            self._check_room(state, ids)  # once more: it may have gone on since the call
+            state._tokens += ids
+
+        work = Work(
+            state=lambda: self.new_state() if state is None else state,
+            begin=begin,
+            meter=self._new_meter,
+            sampler=Sampler(sampling, seed, (*before, *ids), processors=tuple(processors)),
+            stream=self._text_stream(stop),
+            max_tokens=max_tokens,
+            context=self.context,
+            eos=frozenset(() if ignore_eos else self.config.eos_token_ids),
+            progress=progress,
+            logprobs=logprobs,
+        )
+        return Tokens(self._scheduler.request(), work)
 
     def chat(
         self,
         messages: Sequence[Message],
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Iterable[Any] | None = None,
+        tool_choice: str | Mapping[str, Any] = "auto",
+        schema: Mapping[str, Any] | None = None,
+        json_object: bool = False,
+        regex: str | None = None,
+        grammar: str | None = None,
+        think: bool | None = None,
         variables: Mapping[str, Any] | None = None,
-        **options: Any,
-    ) -> Generator[Token, None, None]:
-        """Answers a conversation: `generate` on what `render` makes of it.
+        continue_final: bool = False,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        presence_penalty: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        ignore_eos: bool = False,
+        logprobs: int = 0,
+        processors: Sequence[LogitsProcessor] = (),
+        state: State | None = None,
+        progress: Progress | None = None,
+    ) -> Chat:
+        """Answers a conversation, piece by piece.
+
+        What of the conversation was computed before is not computed again: give all of it each
+        time. Its reasoning may be left out; it is remembered.
 
         Args:
-            messages: turns such as {"role": "user", "content": "Hello"}, all of them.
-            tools: functions that the model may call, as JSON schemas.
-            variables: of the template, such as {"enable_thinking": False}.
-            options: those of `generate`. A `state` is used as far as the conversation begins with
-                it, and started afresh otherwise: the answer is the same, only the time differs.
+            messages: turns such as {"role": "user", "content": "Hello"}, the oldest first.
+            tools: that the model may call: JSON schemas, or Python functions.
+            think: whether to reason before the answer; None is the template's default.
+            variables: of the template, such as {"reasoning_effort": "low"}.
+            continue_final: go on with the last message, one of the assistant's.
+            state: what it holds is used as far as the conversation begins with it, and it then
+                holds the conversation: to be saved, and to go on from elsewhere.
+            max_tokens, …: as for `generate`. Stop strings count in reasoning too.
+        Raises:
+            ArgumentError, StateError, ReadError: as `generate`.
         """
-        text = self.render(messages, tools=tools, **(variables or {}))
-        ids = self._tokenised(text, special=False)
-        state: State | None = options.get("state")
+        sampling = self.sampling.override(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+        )
+        _check_count("max_tokens", max_tokens, 0)
+        _check_count("logprobs", logprobs, 0)
+        specs = tools_of(tools)
+        prompt = self._prompts.make(
+            messages, specs, _variables(variables, think), continues=continue_final
+        )
+        self._check_open()
+        self._check_fits(0, prompt.ids)
         if state is not None:
             self._check_own(state)
-            before = len(state._tokens)
-            if state._tokens == ids[:before] and before < len(ids):
-                ids = ids[before:]
-            else:
-                # Refuses bad arguments while the state still holds what it did.
-                self.generate(ids, **options | {"state": None})
-                state._restart()
-        return self.generate(ids, **options)
+        turn = Turn(
+            self._engine, self._conversations, self._prompts, prompt, state, self._new_meter
+        )
+        work = Work(
+            state=turn.state,
+            begin=turn.begin,
+            meter=turn.meter,
+            sampler=Sampler(sampling, seed, prompt.ids, processors=tuple(processors)),
+            stream=self._text_stream(stop),
+            max_tokens=max_tokens,
+            context=self.context,
+            eos=frozenset(() if ignore_eos else self.config.eos_token_ids),
+            progress=progress,
+            logprobs=logprobs,
+            marks=prompt.marks,
+            mark=turn.mark,
+            end=turn.end,
+        )
+        offered = () if tool_choice == "none" else specs
+        parser = AnswerParser(
+            Dialect.of(self.chat_template), offered, in_reasoning=prompt.in_reasoning
+        )
+        return Chat(turn, Tokens(self._scheduler.request(), work), parser)
+
+    def agenerate(self, prompt: str | Sequence[int], **options: Any) -> Background[Token]:
+        """`generate` for asyncio: an async iterator. A cancelled task stops the work."""
+        tokens = self.generate(prompt, **options)
+        return Background(tokens, tokens.cancel, tokens.close)
+
+    def achat(self, messages: Sequence[Message], **options: Any) -> AsyncChat:
+        """`chat` for asyncio: an async iterator, with `await chat.answer()`."""
+        return AsyncChat(self.chat(messages, **options))
+
+    def prompt_ids(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Iterable[Any] | None = None,
+        think: bool | None = None,
+        variables: Mapping[str, Any] | None = None,
+        continue_final: bool = False,
+    ) -> list[int]:
+        """The ids that `chat` reads for a conversation, its arguments being these."""
+        given = _variables(variables, think)
+        return self._prompts.make(messages, tools_of(tools), given, continues=continue_final).ids
 
     def render(
         self,
@@ -316,13 +416,7 @@ class Model:
         **variables: Any,
     ) -> str:
         """A conversation as the text of a prompt; see `ChatTemplate.render`."""
-        template = self.checkpoint.tools_template if tools else self.checkpoint.template
-        if template is None:
-            raise ArgumentError(
-                f"{self.directory}: the checkpoint has no chat template (chat_template.jinja); "
-                "use generate() with a plain prompt"
-            )
-        return template.render(
+        return self._prompts.template(tools).render(
             messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables
         )
 
@@ -339,9 +433,23 @@ class Model:
         Raises:
             ArgumentError, StateError, ReadError: as `generate`.
         """
-        return self._whole(
-            ids, state, lambda native, array: self._native.forward(native, array, all_logits=True)
-        )
+        ids = self._encode(ids)
+        if not ids:
+            raise ArgumentError("ids are empty; give at least one token")
+        state = self.new_state() if state is None else state
+        self._check_own(state)
+        with self._scheduler.request() as request, state._held():
+            self._check_room(state, ids)
+            meter = self._new_meter()
+            state._tokens += ids
+            todo = state._tokens[state._native.position :]
+            start = time.perf_counter()
+            parts = []
+            for done, part in request.prompt(state._native, todo, all_logits=True):
+                parts.append(part)
+                meter.prompt_tokens = done
+                meter.prefill_seconds = time.perf_counter() - start
+        return np.concatenate(parts)[len(todo) - len(ids) :]
 
     def routing(self, ids: Sequence[int]) -> npt.NDArray[np.int32]:
         """The experts that compute each of the ids: int32 [len(ids), layers, experts_per_token].
@@ -351,101 +459,21 @@ class Model:
         Raises:
             ArgumentError, StateError, ReadError: as `generate`.
         """
-        return self._whole(
-            ids, None, lambda native, array: self._native.forward(native, array, routing=True)[1]
-        )
-
-    def _whole(
-        self,
-        ids: Sequence[int],
-        state: State | None,
-        compute: Callable[[_native.State, npt.NDArray[np.int32]], npt.NDArray[_Number]],
-    ) -> npt.NDArray[_Number]:
-        """What `compute` makes of each of the ids, read at once behind what a state holds."""
         ids = self._encode(ids)
         if not ids:
             raise ArgumentError("ids are empty; give at least one token")
-        state = self.new_state() if state is None else state
-        self._check_own(state)
-        with state._held():
-            self._check_room(state, ids)
-            self._meter = meter = Meter(self._native.stats())
-            state._tokens += ids
-            todo = state._tokens[state._native.position :]
-            start = time.perf_counter()
-            out = compute(state._native, np.array(todo, np.int32))
-            meter.prompt_tokens = len(todo)
-            meter.prefill_seconds = time.perf_counter() - start
-        return out[len(todo) - len(ids) :]
+        self._check_fits(0, ids)
+        array = np.array(ids, np.int32)
+        return self._native.forward(self._native.new_state(), array, routing=True)[1]
 
     def new_state(self) -> State:
         """A state that holds no token yet."""
         return State(self._engine, self._native.new_state(), [])
 
-    def _steps(
-        self,
-        ids: list[int],
-        state: State,
-        sampler: Sampler,
-        stream: TextStream | None,
-        max_tokens: int | None,
-        eos: frozenset[int],
-        progress: Progress | None,
-    ) -> Generator[Token, None, None]:
-        with state._held():
-            self._meter = meter = Meter(self._native.stats())
-            self._check_room(state, ids)  # once more: the state may have gone on since the call
-            state._tokens += ids
-            logits = self._prefill(state, meter, progress)
-            if max_tokens == 0:
-                meter.finish_reason = "length"
-            elif state.position == self.context:
-                meter.finish_reason = "context"
-            while meter.finish_reason is None:
-                start = time.perf_counter()
-                token, logprob = sampler.draw(logits)
-                state._tokens.append(token)
-                meter.token()
-                text = ""
-                if token in eos:
-                    meter.finish_reason = "eos"
-                elif stream is not None:
-                    text = stream.push(token)
-                    if stream.stopped:
-                        meter.finish_reason = "stop"
-                if meter.finish_reason is None and meter.generated_tokens == max_tokens:
-                    meter.finish_reason = "length"
-                elif meter.finish_reason is None and state.position == self.context:
-                    meter.finish_reason = "context"
-                if meter.finish_reason is not None and stream is not None:
-                    text += stream.finish()
-                spent = time.perf_counter() - start
-                yield Token(token, text, logprob)
-                if meter.finish_reason is None:
-                    start = time.perf_counter()
-                    logits = self._forward(state, [token])
-                    meter.decode_seconds += spent + time.perf_counter() - start
-
-    def _prefill(
-        self, state: State, meter: Meter, progress: Progress | None
-    ) -> npt.NDArray[np.float32]:
-        """Computes the tokens that the state has but the native state has not; what follows."""
-        todo = state._tokens[state._native.position :]
-        if not todo and state._native.logits is not None:
-            return state._native.logits
-        start = time.perf_counter()
-        if progress is not None:
-            progress(0, len(todo))
-        for i in range(0, len(todo), self.setting.chunk):
-            logits = self._forward(state, todo[i : i + self.setting.chunk])
-            meter.prompt_tokens = min(i + self.setting.chunk, len(todo))
-            meter.prefill_seconds = time.perf_counter() - start
-            if progress is not None:
-                progress(meter.prompt_tokens, len(todo))
-        return logits
-
-    def _forward(self, state: State, ids: list[int]) -> npt.NDArray[np.float32]:
-        return self._native.forward(state._native, np.array(ids, np.int32))
+    def _new_meter(self) -> Meter:
+        """What counts a call, which is the latest from now on."""
+        self._meter = Meter(self._native.stats())
+        return self._meter
 
     def _check_own(self, state: State) -> None:
         if not isinstance(state, State):
@@ -453,20 +481,31 @@ class Model:
         if state._engine is not self._engine:
             raise StateError("this state is another model's; make one with new_state()")
 
-    def _check_room(self, state: State, ids: list[int]) -> None:
-        """Whether there is something to compute, and the context holds it."""
-        ready = state.position > state._native.position or state._native.logits is not None
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StateError("this model is closed; open it again with flashmoe.Model(...)")
+
+    def _check_room(self, state: State | None, ids: list[int]) -> None:
+        """Whether there is something to compute behind a state, and the context holds it."""
+        before = 0 if state is None else state.position
+        ready = state is not None and (
+            before > state._native.position or state._native.logits is not None
+        )
         if not ids and not ready:
             raise ArgumentError("the prompt is empty; give at least one token")
-        if state.position + len(ids) > self.context:
+        self._check_fits(before, ids)
+
+    def _check_fits(self, before: int, ids: list[int]) -> None:
+        """Whether the context holds a prompt behind so many tokens."""
+        if before + len(ids) > self.context:
             raise StateError(
-                f"the context holds {self.context} tokens; {state.position} before and a prompt of "
+                f"the context holds {self.context} tokens; {before} before and a prompt of "
                 f"{len(ids)} are more; shorten the prompt or open the model with a larger context"
             )
 
     def _encode(self, prompt: str | Iterable[int]) -> list[int]:
         if isinstance(prompt, str):
-            return self._tokenised(prompt)
+            return self.checkpoint.encode(prompt)
         vocab = self.config.vocab_size
         if not isinstance(prompt, Iterable) or isinstance(prompt, (bytes, bytearray)):
             raise ArgumentError(f"a prompt is text or a sequence of ids; got {prompt!r}")
@@ -476,17 +515,6 @@ class Model:
                 raise ArgumentError(f"a prompt is text or a sequence of ids; it holds {i!r}")
             if not 0 <= i < vocab:
                 raise ArgumentError(f"token id {i} is not in the vocabulary of {vocab}")
-        return ids
-
-    def _tokenised(self, text: str, *, special: bool = True) -> list[int]:
-        """The ids of a text, each of which the model has."""
-        ids = self.checkpoint.tokenizer.encode(text, special=special)
-        if ids and max(ids) >= self.config.vocab_size:
-            raise CheckpointError(
-                f"{self.directory / 'tokenizer.json'}: gives token id {max(ids)}, and the model's "
-                f"vocabulary is {self.config.vocab_size}; the two are not of one model: download "
-                "both again"
-            )
         return ids
 
     def _text_stream(self, stop: str | Sequence[str] | None) -> TextStream | None:
@@ -501,6 +529,11 @@ class Model:
         except ArgumentError as error:
             path = self.directory / "generation_config.json"
             raise CheckpointError(f"{path}: {error}") from error
+
+
+def _variables(given: Mapping[str, Any] | None, think: bool | None) -> dict[str, Any]:
+    """A template's variables, with the family's word for thinking."""
+    return dict(given or {}) | ({} if think is None else {"enable_thinking": think})
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

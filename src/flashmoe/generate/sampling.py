@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from flashmoe.errors import ArgumentError, CheckpointError
+from flashmoe.generate.processors import Constraint, Floats, LogitsProcessor, process
 
-Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.intp]
 
 
@@ -20,8 +20,8 @@ Ids = npt.NDArray[np.intp]
 class Sampling:
     """How a token is drawn. The rules and their order are those of transformers' `generate`.
 
-    Penalties first, then temperature, top_k, top_p, min_p; what remains is drawn from in
-    proportion to its probability.
+    Penalties first, then a constraint and processors, then temperature, top_k, top_p, min_p; what
+    remains is drawn from in proportion to its probability.
 
     Attributes:
         temperature: logits are divided by it; 0 takes the most probable token (ties: lowest id).
@@ -76,24 +76,42 @@ class Sampler:
     Args:
         seed: of `numpy.random.default_rng`; None takes fresh entropy.
         seen: ids that came before (the prompt): the repetition penalty applies to them.
+        constraint: forbids tokens, and is told each that is drawn.
+        processors: change logits after the penalties and the constraint.
     """
 
-    def __init__(self, sampling: Sampling, seed: int | None, seen: Iterable[int] = ()) -> None:
+    def __init__(
+        self,
+        sampling: Sampling,
+        seed: int | None,
+        seen: Iterable[int] = (),
+        constraint: Constraint | None = None,
+        processors: Sequence[LogitsProcessor] = (),
+    ) -> None:
         self.sampling = sampling
+        self._constraint = constraint
+        self._processors = processors
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
             raise ArgumentError(f"seed must be None or a whole number, 0 or more; got {seed!r}")
         self._rng = np.random.default_rng(seed)
         self._seen = dict.fromkeys(seen) if sampling.repetition_penalty != 1 else {}
         self._generated: dict[int, None] = {}
 
-    def draw(self, logits: Floats) -> tuple[int, float]:
+    @property
+    def finished(self) -> bool:
+        """Whether the constraint lets nothing follow."""
+        return self._constraint is not None and self._constraint.finished
+
+    def draw(self, logits: Floats, ids: Sequence[int] = ()) -> tuple[int, float]:
         """The next token's id and its log-probability under the model itself.
 
         Args:
             logits: float32 [vocab], left as they are. The log-probability is their log-softmax,
                 before penalties and temperature.
+            ids: those so far, for processors.
         Raises:
             CheckpointError: logits are not finite.
+            ArgumentError: a processor gives something else than logits, or leaves no token.
         """
         top = logits.max()
         # A NaN anywhere is the maximum, to numpy.
@@ -102,12 +120,18 @@ class Sampler:
                 "the model computed logits that are not finite numbers: the checkpoint is damaged, "
                 "or was quantised from one that was; download or pack it again"
             )
-        log_sum = float(top) + math.log(np.exp(logits - top).sum(dtype=np.float64))
-        token = self._pick(self._penalised(logits))
+        allowed = self._penalised(logits)
+        if self._constraint is not None:
+            allowed = self._constraint.mask(allowed)
+        if self._processors:
+            allowed = process(self._processors, ids, allowed.copy())
+        token = self._pick(allowed)
+        if self._constraint is not None:
+            self._constraint.advance(token)
         self._generated[token] = None
         if self.sampling.repetition_penalty != 1:
             self._seen[token] = None
-        return token, float(logits[token]) - log_sum
+        return token, float(logits[token]) - _log_sum(logits)
 
     def _penalised(self, logits: Floats) -> Floats:
         penalty, presence = self.sampling.repetition_penalty, self.sampling.presence_penalty
@@ -136,6 +160,18 @@ class Sampler:
         cumulative = np.cumsum(weights, dtype=np.float64)
         drawn = np.searchsorted(cumulative, self._rng.random() * cumulative[-1], side="right")
         return int(ids[min(int(drawn), len(ids) - 1)])
+
+
+def likeliest(logits: Floats, n: int) -> tuple[tuple[int, float], ...]:
+    """The n most probable ids with their log-probabilities, the most probable first."""
+    total = _log_sum(logits)
+    return tuple((int(i), float(logits[i]) - total) for i in largest(logits, n))
+
+
+def _log_sum(logits: Floats) -> float:
+    """The logarithm of the sum of exp(logits)."""
+    top = logits.max()
+    return float(top) + math.log(np.exp(logits - top).sum(dtype=np.float64))
 
 
 def _candidates(scores: Floats, top_k: int, top_p: float) -> tuple[Ids, Floats]:

@@ -108,11 +108,6 @@ class State:
         native.restore(file.computed, tensors)
         return cls(engine, native, ids.tolist())
 
-    def _restart(self) -> None:
-        with self._held():
-            self._native = self._engine.native.new_state()
-            self._tokens = []
-
     def _held(self) -> _Held:
         return _Held(self._lock)
 

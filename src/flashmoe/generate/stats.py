@@ -18,10 +18,13 @@ class Stats:
 
     Attributes:
         prompt_tokens: computed as a prompt in this call; what a state already held is not counted.
+        cached_tokens: these, from a state or a snapshot of the conversation.
         generated_tokens: given out.
         prefill_seconds, decode_seconds: spent computing, not waiting for the caller.
         first_token_seconds: from the call's first work to its first token; None before that.
-        finish_reason: "eos", "stop", "length" (max_tokens), "context" (full), None if not ended.
+        finish_reason: "eos", "stop", "length" (max_tokens), "context" (full), "complete" (a
+            constraint lets nothing follow), "cancelled", None if not ended.
+        forward_rows: rows that were passed through the layers, as the engine counts them.
         reads, bytes_read: reads of experts.
         bytes_from_page_cache: of these, what was in memory already, as `preadv2(RWF_NOWAIT)` tells
             on Linux; None where the platform cannot tell.
@@ -34,11 +37,13 @@ class Stats:
     """
 
     prompt_tokens: int
+    cached_tokens: int
     generated_tokens: int
     prefill_seconds: float
     decode_seconds: float
     first_token_seconds: float | None
     finish_reason: str | None
+    forward_rows: int
     reads: int
     bytes_read: int
     bytes_from_page_cache: int | None
@@ -90,6 +95,7 @@ class Meter:
         self._before = before
         self._start = time.perf_counter()
         self.prompt_tokens = 0
+        self.cached_tokens = 0
         self.generated_tokens = 0
         self.prefill_seconds = 0.0
         self.decode_seconds = 0.0
@@ -115,11 +121,13 @@ class Meter:
 
         return Stats(
             prompt_tokens=self.prompt_tokens,
+            cached_tokens=self.cached_tokens,
             generated_tokens=self.generated_tokens,
             prefill_seconds=self.prefill_seconds,
             decode_seconds=self.decode_seconds,
             first_token_seconds=self.first_token_seconds,
             finish_reason=self.finish_reason,
+            forward_rows=int(grown("rows")),
             reads=int(grown("reads")),
             bytes_read=int(grown("bytes_read")),
             bytes_from_page_cache=(None if now["bytes_cached"] < 0 else int(grown("bytes_cached"))),

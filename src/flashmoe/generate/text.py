@@ -55,7 +55,7 @@ class TextStream:
         if found:
             self.stopped, self._held = True, ""
             return text[: min(found)[0]]
-        keep = max((_overlap(text, s) for s in self._stop), default=0)
+        keep = max((overlap(text, s) for s in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
@@ -68,7 +68,7 @@ def _bytes(piece: str) -> bytes:
         return piece.encode()
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest end of text that is a proper beginning of stop."""
     for n in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:n]):

@@ -82,4 +82,7 @@ def parse_bytes(size: int | str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)(I?)B?", str(size).strip().upper())
     if not isinstance(size, str) or match is None or (match[3] and not match[2]):
         raise ArgumentError(f'a size is bytes, 0 or more, or text such as "4GB"; got {size!r}')
-    return int(float(match[1]) * (_BINARY if match[3] else _UNITS)[match[2]])
+    nbytes = float(match[1]) * (_BINARY if match[3] else _UNITS)[match[2]]
+    if nbytes > 1e30:
+        raise ArgumentError(f"a size is at most 1e30 bytes; got {size[:40]!r}")
+    return int(nbytes)

@@ -237,13 +237,8 @@ def answer_prompts(
     """
     seen: dict[str, list[bool]] = {}
     for done, prompt in enumerate(prompts, 1):
-        tokens = model.chat(
-            prompt.messages,
-            tools=prompt.tools,
-            variables={"enable_thinking": False},
-            max_tokens=max_tokens,
-            temperature=0,
-        )
+        ids = model.prompt_ids(prompt.messages, tools=prompt.tools, think=False)
+        tokens = model.generate(ids, max_tokens=max_tokens, temperature=0)
         answer = "".join(token.text for token in tokens)
         for name, right in judge(prompt, answer).items():
             seen.setdefault(name, []).append(right)

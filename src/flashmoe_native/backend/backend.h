@@ -107,11 +107,36 @@ struct CombineCall {
   float* normed = nullptr;  // [n, hidden]
 };
 
+struct RouteCall {
+  int experts, experts_per_token;
+  bool renormalise;
+  const float* logits;  // [n, experts]
+  int hidden;
+  const float* x;   // [n, hidden]: the residual stream that the logits come of
+  int32_t* ids;     // [n, experts_per_token]
+  float* weights;   // likewise
+  int32_t* finite;  // [n]: 0 where a logit or an element of x is infinite or NaN, else 1
+};
+
+// What memory is for, which tells a backend where to have it. The host writes weights and slots and
+// reads and writes what it exchanges with the device; of states only copies are made.
+enum class Memory { kWeights, kSlots, kState, kExchange };
+
+// What a model asks of kernels.
+struct Shapes {
+  int conv_taps, key_dim, value_dim;  // of GatedDeltaNet
+  int head_dim;                       // of attention
+  int experts, experts_per_token;
+};
+
 class Backend {
  public:
   virtual ~Backend() = default;
+  // Throws DeviceError where there is no kernel for a model; asked before anything is loaded.
+  virtual void require(const Shapes&) const {}
   // Page-aligned, 2 MiB-aligned when at least as large, zeroed; freed with the backend still alive.
-  virtual Buffer allocate(size_t bytes) = 0;
+  // Slots are units of so many bytes, which an operation never reaches across.
+  virtual Buffer allocate(Memory memory, size_t bytes, size_t unit = 0) = 0;
   // Bytes; a power of two, at most 4096.
   virtual int weight_alignment() const = 0;
   // Memory that holds `length` bytes of the file from `offset` on without a copy; empty where the
@@ -127,10 +152,10 @@ class Backend {
   virtual void gated_delta(int n, const DeltaCall& call) = 0;
   virtual void attention(int n, const AttentionCall& call) = 0;
   // Softmax over all `experts` logits, the largest of them (ties: lower index first) in falling
-  // order, weights divided by their sum if `renormalise`. ids and weights are
-  // [n, experts_per_token].
-  virtual void route(int n, int experts, int experts_per_token, bool renormalise,
-                     const float* logits, int32_t* ids, float* weights) = 0;
+  // order, weights divided by their sum if `renormalise`.
+  virtual void route(int n, const RouteCall& call) = 0;
+  // finite[t] = 1 if all of x[t], which is `width` wide, are finite, else 0.
+  virtual void all_finite(int n, int width, const float* x, int32_t* finite) = 0;
   // x is [n, hidden]. The calls' outputs do not overlap.
   virtual void experts(int n, const float* x, std::span<const ExpertCall> calls) = 0;
   virtual void combine(int n, const CombineCall& call) = 0;

@@ -7,6 +7,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <atomic>
 #include <chrono>
 #include <cstring>
 #include <new>
@@ -117,12 +118,22 @@ ModelConfig to_config(const nb::dict& values) {
   return config;
 }
 
+// Who wants passes: another thread may say that it does not any more.
+struct Request {
+  std::atomic<bool> cancelled = false;
+  std::atomic<double> seconds = 0;  // of its latest pass, without the wait for its turn
+};
+
 // Runs Python's signal handlers (Ctrl-C) now and then from native code that released the GIL;
-// taking it back may wait for other threads, so not at every call.
+// taking it back may wait for other threads, so not at every call. Throws Stopped where
+// the request is cancelled.
 class SignalCheck {
  public:
+  explicit SignalCheck(const Request* request = nullptr) : request_(request) {}
+
   void operator()() {
     require_running();
+    if (request_ && request_->cancelled) throw Stopped("the work was cancelled");
     const auto now = Clock::now();
     if (now - last_ < std::chrono::milliseconds(20)) return;
     last_ = now;
@@ -132,26 +143,28 @@ class SignalCheck {
 
  private:
   using Clock = std::chrono::steady_clock;
+  const Request* request_;
   Clock::time_point last_ = Clock::now();
 };
 
 // A call that uses an engine or a state of it. Waits for its turn without the GIL.
-class Use {
+class EngineCall {
  public:
-  explicit Use(Engine& engine) : engine_(engine), turn_(take(engine)) {}
-  ~Use() {
+  explicit EngineCall(Engine& engine, const Request* request = nullptr)
+      : engine_(engine), turn_(take(engine, request)) {}
+  ~EngineCall() {
     if (!engine_.close_asked()) return;
     const nb::gil_scoped_release release;
     engine_.close();
   }
-  Use(const Use&) = delete;
-  Use& operator=(const Use&) = delete;
+  EngineCall(const EngineCall&) = delete;
+  EngineCall& operator=(const EngineCall&) = delete;
 
  private:
-  static Turn take(Engine& engine) {
+  static Turn take(Engine& engine, const Request* request) {
     engine.require_home();
     const nb::gil_scoped_release release;
-    return Turn(engine.turns(), SignalCheck());
+    return Turn(engine.turns(), SignalCheck(request));
   }
 
   const Call call_;
@@ -165,7 +178,7 @@ void close(Engine& engine) {
   } else if (engine.turns().asked()) {
     engine.ask_to_close();
   } else {
-    const Use use(engine);
+    const EngineCall call(engine);
     const nb::gil_scoped_release release;
     engine.close();
   }
@@ -176,7 +189,27 @@ struct PyState {
   State state;
   // What the latest pass predicts, float32 [vocab], or None: whatever interrupts Python between a
   // pass and the use of its result, the prediction is not lost. Never written to.
-  nb::object logits = nb::none();
+  nb::object logits;
+  std::atomic<bool> in_use = false;
+
+  PyState(Engine& engine, State state, nb::object logits = nb::none())
+      : engine(engine), state(std::move(state)), logits(std::move(logits)) {}
+
+  // Holds a state for one call, or throws StateError.
+  class Use {
+   public:
+    explicit Use(PyState& self) : self_(self) {
+      if (self_.in_use.exchange(true, std::memory_order_acquire)) {
+        throw StateError("this state is in use by another call; fork() it before, or wait");
+      }
+    }
+    ~Use() { self_.in_use.store(false, std::memory_order_release); }
+    Use(const Use&) = delete;
+    Use& operator=(const Use&) = delete;
+
+   private:
+    PyState& self_;
+  };
 };
 
 nb::object new_array(const std::vector<size_t>& shape, const char* dtype) {
@@ -196,7 +229,7 @@ const char* numpy_dtype(DType dtype) {
 }
 
 nb::dict export_state(PyState& self) {
-  const Use use(self.engine);
+  const EngineCall call(self.engine);
   nb::dict result;
   for (const StateTensor& tensor : self.state.tensors(self.state.position())) {
     const std::vector<size_t> shape(tensor.shape.begin(), tensor.shape.end());
@@ -232,7 +265,8 @@ AnyArray checked_array(const nb::dict& tensors, const std::string& name, DType d
 
 // A state of `position` tokens with what export_state() gave, into a fresh state.
 void restore_state(PyState& self, int64_t position, const nb::dict& tensors) {
-  const Use use(self.engine);
+  const PyState::Use use(self);
+  const EngineCall call(self.engine);
   require(self.state.position() == 0, "restore: the state is not a fresh one");
   require(position >= 0 && position <= INT32_MAX, "restore: position is not that of a state");
   std::vector<AnyArray> arrays;
@@ -261,7 +295,7 @@ void restore_state(PyState& self, int64_t position, const nb::dict& tensors) {
 
 // Dtype, as safetensors names it, and shape of the tensors that a state of so many tokens exports.
 nb::dict state_layout(Engine& engine, int64_t position) {
-  const Use use(engine);
+  const EngineCall call(engine);
   require(position >= 0, "state_layout: position is negative");
   nb::dict result;
   const auto add = [&](const std::string& name, DType dtype, const std::vector<int64_t>& shape) {
@@ -278,7 +312,8 @@ nb::dict state_layout(Engine& engine, int64_t position) {
 
 // float32 logits, or with `routing` a tuple of them and int32 [len(ids), layers,
 // experts_per_token].
-nb::object forward(Engine& engine, PyState& state, const Ids& ids, bool all_logits, bool routing) {
+nb::object forward(Engine& engine, PyState& state, const Ids& ids, bool all_logits, bool routing,
+                   Request* request) {
   const auto vocab = static_cast<size_t>(engine.config().vocab_size);
   require(ids.shape(0) > 0, "forward: ids is empty");
   require(&state.engine == &engine, "forward: the state belongs to another model");
@@ -303,14 +338,20 @@ nb::object forward(Engine& engine, PyState& state, const Ids& ids, bool all_logi
     out.routing = reinterpret_cast<int32_t*>(data_of(experts));
   }
   const std::span<const int32_t> tokens(ids.data(), ids.shape(0));
-  const Use use(engine);
+  const PyState::Use use(state);
+  const EngineCall call(engine, request);
   const int64_t before = state.state.position();
   try {
     const nb::gil_scoped_release release;
-    engine.forward(state.state, tokens, out, [&engine, check = SignalCheck()]() mutable {
+    const auto start = std::chrono::steady_clock::now();
+    engine.forward(state.state, tokens, out, [&engine, check = SignalCheck(request)]() mutable {
       if (engine.close_asked()) throw StateError("this model was closed in the middle of a call");
       check();
     });
+    if (request) {
+      request->seconds =
+          std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    }
   } catch (...) {
     // Some chunks may be done, and nobody knows what they predict.
     if (state.state.position() != before) state.logits = nb::none();
@@ -324,7 +365,7 @@ nb::object forward(Engine& engine, PyState& state, const Ids& ids, bool all_logi
 }
 
 nb::dict statistics(Engine& engine) {
-  const Use use(engine);
+  const EngineCall call(engine);
   const Engine::Statistics now = engine.statistics();
   nb::dict result;
   result["reads"] = now.experts.reads;
@@ -334,7 +375,7 @@ nb::dict statistics(Engine& engine) {
   result["wait_seconds"] = now.experts.wait_seconds;
   result["expert_hits"] = now.experts.hits;
   result["expert_misses"] = now.experts.misses;
-  result["tokens"] = now.tokens;
+  result["rows"] = now.rows;
   result["forward_seconds"] = now.forward_seconds;
   result["resident_bytes"] = now.resident_bytes;
   result["slot_bytes"] = now.slot_bytes;
@@ -344,7 +385,7 @@ nb::dict statistics(Engine& engine) {
 }
 
 nb::list layer_times(Engine& engine) {
-  const Use use(engine);
+  const EngineCall call(engine);
   nb::list result;
   for (const LayerTimes& times : engine.statistics().layers) {
     nb::dict layer;
@@ -414,6 +455,7 @@ void bind_engine(nb::module_& m) {
   translate<OutOfMemoryError>("OutOfMemoryError");
   translate<ReadError>("ReadError");
   translate<StateError>("StateError");
+  translate<Stopped>("StoppedError");
 
   nb::class_<Format>(m, "Format")
       .def(
@@ -437,19 +479,32 @@ void bind_engine(nb::module_& m) {
            "plus_one"_a = false)
       .def("add_experts", add_experts, "gate"_a, "up"_a, "down"_a, "extents"_a);
 
+  nb::class_<Request>(m, "Request")
+      .def(nb::init<>())
+      .def("cancel", [](Request& self) { self.cancelled = true; })
+      .def_prop_ro("cancelled", [](const Request& self) { return self.cancelled.load(); })
+      .def_prop_ro("seconds", [](const Request& self) { return self.seconds.load(); });
+
   nb::class_<PyState>(m, "State")
       .def_prop_ro("position", [](const PyState& self) { return self.state.position(); })
       .def_prop_ro("nbytes", [](const PyState& self) { return self.state.bytes(); })
+      .def_prop_ro("shared",
+                   [](const PyState& self) {
+                     const KeyValues& shared = self.state.key_values();
+                     return nb::make_tuple(reinterpret_cast<uintptr_t>(&shared),
+                                           shared.bytes.load());
+                   })
       .def(
           "fork",
           [](PyState& self) {
+            const PyState::Use use(self);
             std::optional<State> copy;
             {
-              const Use use(self.engine);
+              const EngineCall call(self.engine);
               const nb::gil_scoped_release release;
               copy = self.state.fork();
             }
-            return new PyState{self.engine, std::move(*copy), self.logits};
+            return new PyState(self.engine, std::move(*copy), self.logits);
           },
           nb::rv_policy::take_ownership, nb::keep_alive<0, 1>())
       .def_prop_ro("logits", [](const PyState& self) { return self.logits; })
@@ -488,12 +543,13 @@ void bind_engine(nb::module_& m) {
       .def(
           "new_state",
           [](Engine& self) {
-            const Use use(self);
-            return new PyState{self, self.new_state()};
+            const EngineCall call(self);
+            return new PyState(self, self.new_state());
           },
           nb::rv_policy::take_ownership, nb::keep_alive<0, 1>())
       .def("state_layout", state_layout, "position"_a)
-      .def("forward", forward, "state"_a, "ids"_a, "all_logits"_a = false, "routing"_a = false)
+      .def("forward", forward, "state"_a, "ids"_a, "all_logits"_a = false, "routing"_a = false,
+           "request"_a = nb::none())
       .def("stats", statistics)
       .def("layer_times", layer_times)
       .def("close", close);

@@ -249,8 +249,16 @@ class Ops {
     }
     auto ids = make<int32_t>({logits.shape(0), static_cast<size_t>(experts_per_token)});
     auto weights = make<float>({logits.shape(0), static_cast<size_t>(experts_per_token)});
-    backend_->route(n, experts, experts_per_token, renormalise, logits.data(), ids.data(),
-                    weights.data());
+    std::vector<int32_t> finite(static_cast<size_t>(n));
+    backend_->route(n, {.experts = experts,
+                        .experts_per_token = experts_per_token,
+                        .renormalise = renormalise,
+                        .logits = logits.data(),
+                        .hidden = 0,
+                        .x = nullptr,
+                        .ids = ids.data(),
+                        .weights = weights.data(),
+                        .finite = finite.data()});
     backend_->finish();
     return {ids, weights};
   }

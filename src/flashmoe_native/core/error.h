@@ -31,4 +31,9 @@ struct StateError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// Who asked for the work does not want it any more.
+struct Stopped : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 }  // namespace flashmoe

@@ -49,6 +49,9 @@ int64_t read_cached([[maybe_unused]] int fd, [[maybe_unused]] int64_t offset,
 File::File(std::string path)
     : path_(std::move(path)), fd_(open(path_.c_str(), O_RDONLY | O_CLOEXEC)) {
   if (fd_ < 0) throw ReadError(path_ + ": cannot open: " + std::strerror(errno));
+  struct stat status{};
+  fstat(fd_, &status);
+  size_ = status.st_size;
   // Every read says exactly what is wanted; reading ahead would fetch experts that nobody asked
   // for. Refusal is no error.
 #if defined(POSIX_FADV_RANDOM)
@@ -128,6 +131,14 @@ void File::fail_short(int fd, int64_t offset, int64_t length, int64_t done) cons
   throw ReadError(describe(path_, offset, length) + ": the file ends after " +
                   std::to_string(done) + " of them (it is now " + std::to_string(status.st_size) +
                   " bytes long); it changed since it was opened");
+}
+
+void File::require_whole() const {
+  struct stat status{};
+  if (fstat(fd_, &status) == 0 && status.st_size >= size_) return;
+  throw ReadError(path_ + ": expected " + std::to_string(size_) + " bytes, found " +
+                  std::to_string(status.st_size) +
+                  "; it changed since it was opened: restore it, and open the model again");
 }
 
 std::byte* File::map(int64_t offset, size_t length) const {

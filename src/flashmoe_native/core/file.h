@@ -41,6 +41,9 @@ class File {
   // Throws ReadError.
   std::byte* map(int64_t offset, size_t length) const;
 
+  // Throws ReadError where the file is shorter than when it was opened.
+  void require_whole() const;
+
   const std::string& path() const { return path_; }
 
  private:
@@ -48,6 +51,7 @@ class File {
 
   std::string path_;
   int fd_ = -1;
+  int64_t size_ = 0;  // when it was opened
   int direct_ = -1;
 };
 

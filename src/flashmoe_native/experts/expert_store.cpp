@@ -70,7 +70,8 @@ ExpertStore::ExpertStore(Backend& backend, IoQueue& io,
   stride_ = round_up(largest, huge ? kHugePage : kPage);
   const int64_t wanted = std::max<int64_t>(options.min_slots, options.cache_bytes / stride_);
   slots_.resize(static_cast<size_t>(std::min(total, wanted)));
-  slab_ = backend.allocate(static_cast<size_t>(slot_bytes()));
+  slab_ = backend.allocate(Memory::kSlots, static_cast<size_t>(slot_bytes()),
+                           static_cast<size_t>(stride_));
   uses_.assign(static_cast<size_t>(total), 0);
   worth_.assign(slots_.size(), kEmpty);
   unpinned_ = static_cast<int>(slots_.size());

@@ -4,14 +4,15 @@
 
 namespace flashmoe {
 
-Activations::Activations(const ModelConfig& config, int chunk,
-                         const std::function<void*(size_t)>& take) {
-  const auto rows = [&](int width) {
-    return take(sizeof(float) * static_cast<size_t>(chunk) * static_cast<size_t>(width));
+Activations::Activations(const ModelConfig& config, int chunk, const Take& take) {
+  const auto rows = [&](int width, Memory memory) {
+    return take(sizeof(float) * static_cast<size_t>(chunk) * static_cast<size_t>(width), memory);
   };
-  const auto floats = [&](int width) { return static_cast<float*>(rows(width)); };
+  const auto floats = [&](int width) { return static_cast<float*>(rows(width, Memory::kState)); };
   static_assert(sizeof(int32_t) == sizeof(float));
-  const auto ints = [&](int width) { return static_cast<int32_t*>(rows(width)); };
+  const auto ints = [&](int width) {
+    return static_cast<int32_t*>(rows(width, Memory::kExchange));
+  };
   const int hidden = config.hidden_size, chosen = config.experts_per_token;
   const int attention = config.num_attention_heads * config.head_dim;
   const int key_values = config.num_key_value_heads * config.head_dim;
@@ -26,6 +27,7 @@ Activations::Activations(const ModelConfig& config, int chunk,
   mixed = floats(std::max(config.value_width(), attention));
   router_logits = floats(config.num_experts);
   ids = ints(chosen);
+  finite = ints(1);
   expert_weights = floats(chosen);
   expert_out = floats(chosen * hidden);
   shared_out = floats(hidden);
@@ -34,8 +36,8 @@ Activations::Activations(const ModelConfig& config, int chunk,
   pair_row = ints(chosen);
   every = ints(1);
   const auto head_rows = static_cast<size_t>(std::min(kHeadRows, chunk));
-  logits =
-      static_cast<float*>(take(sizeof(float) * head_rows * static_cast<size_t>(config.vocab_size)));
+  logits = static_cast<float*>(
+      take(sizeof(float) * head_rows * static_cast<size_t>(config.vocab_size), Memory::kExchange));
 }
 
 }  // namespace flashmoe

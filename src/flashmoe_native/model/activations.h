@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <functional>
 
+#include "backend/backend.h"
 #include "model/config.h"
 
 namespace flashmoe {
@@ -14,9 +15,10 @@ constexpr int kHeadRows = 16;  // rows of logits computed at a time
 // A row a token, for at most `chunk` tokens. GatedDeltaNet and attention take turns with the
 // arrays of a mixer.
 struct Activations {
-  // take(bytes) gives room for one array after another, or, where the sizes are all that is wanted,
-  // adds them up and gives null.
-  Activations(const ModelConfig& config, int chunk, const std::function<void*(size_t)>& take);
+  // take(bytes, what for) gives room for one array after another, or, where the sizes are all that
+  // is wanted, adds them up and gives null.
+  using Take = std::function<void*(size_t, Memory)>;
+  Activations(const ModelConfig& config, int chunk, const Take& take);
 
   float* x;       // [chunk, hidden_size]: the residual stream
   float* normed;  // [chunk, hidden_size]
@@ -32,6 +34,7 @@ struct Activations {
 
   float* router_logits;   // [chunk, num_experts]
   int32_t* ids;           // [chunk, experts_per_token]: the experts of each token
+  int32_t* finite;        // [chunk]: 0 where something is infinite or NaN
   float* expert_weights;  // [chunk, experts_per_token]
   float* expert_out;      // [chunk, experts_per_token, hidden_size]
   float* shared_out;      // [chunk, hidden_size]

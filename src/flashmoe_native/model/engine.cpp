@@ -22,6 +22,17 @@ std::unique_ptr<Backend> make_backend(const Engine::Options& options) {
   throw std::invalid_argument("no such backend here: " + options.backend);
 }
 
+std::unique_ptr<Backend> open_backend(const Engine::Options& options, const ModelConfig& config) {
+  std::unique_ptr<Backend> backend = make_backend(options);
+  backend->require({.conv_taps = config.linear_conv_kernel_dim,
+                    .key_dim = config.linear_key_head_dim,
+                    .value_dim = config.linear_value_head_dim,
+                    .head_dim = config.head_dim,
+                    .experts = config.num_experts,
+                    .experts_per_token = config.experts_per_token});
+  return backend;
+}
+
 std::vector<std::unique_ptr<File>> open_all(const std::vector<std::string>& paths) {
   std::vector<std::unique_ptr<File>> files;
   for (const std::string& path : paths) files.push_back(std::make_unique<File>(path));
@@ -43,7 +54,7 @@ Engine::Engine(ModelConfig config, CheckpointSpec spec, const Options& options,
     : config_(std::move(config)),
       spec_(std::move(spec)),
       options_(options),
-      backend_(make_backend(options)),
+      backend_(open_backend(options, config_)),
       files_(open_all(spec_.files)),
       io_(std::make_unique<IoQueue>(kReadsAtOnce)),
       weights_(std::make_unique<Weights>(*backend_, *io_, files_, spec_, config_, progress)) {
@@ -70,6 +81,10 @@ State Engine::new_state() {
 void Engine::forward(State& state, std::span<const int32_t> ids, const Output& out,
                      const std::function<void()>& check) {
   require_open();
+  // A weight that is a part of its file's pages would end the process where the file no longer is.
+  if (weights_->mapped) {
+    for (const auto& file : files_) file->require_whole();
+  }
   Stopwatch watch;
   const auto chunk = static_cast<size_t>(forward_->chunk());
   for (size_t begin = 0; begin < ids.size(); begin += chunk) {
@@ -82,8 +97,8 @@ void Engine::forward(State& state, std::span<const int32_t> ids, const Output& o
       of_part.logits = nullptr;
     }
     if (out.routing) of_part.routing += begin * config_.layers() * config_.experts_per_token;
+    rows_ += static_cast<int64_t>(part.size());
     forward_->run(state, part, of_part, check);
-    tokens_ += static_cast<int64_t>(part.size());
   }
   forward_seconds_ += watch.lap();
 }
@@ -91,7 +106,7 @@ void Engine::forward(State& state, std::span<const int32_t> ids, const Output& o
 Engine::Statistics Engine::statistics() const {
   require_open();
   return {.experts = store_->statistics(),
-          .tokens = tokens_,
+          .rows = rows_,
           .forward_seconds = forward_seconds_,
           .resident_bytes = weights_->bytes,
           .slot_bytes = store_->slot_bytes(),

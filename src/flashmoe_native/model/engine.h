@@ -37,7 +37,7 @@ class Engine {
 
   struct Statistics {
     ExpertStore::Statistics experts;
-    int64_t tokens = 0;
+    int64_t rows = 0;  // passed to Forward
     double forward_seconds = 0;
     int64_t resident_bytes = 0, slot_bytes = 0, activation_bytes = 0;
     std::vector<LayerTimes> layers;
@@ -88,7 +88,7 @@ class Engine {
   const Origin origin_;
   std::atomic<bool> close_asked_ = false;
   Turns turns_;
-  int64_t tokens_ = 0;
+  int64_t rows_ = 0;
   double forward_seconds_ = 0;
 
   // In the order in which they need one another.

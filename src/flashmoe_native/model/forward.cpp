@@ -25,15 +25,15 @@ Forward::Forward(Backend& backend, const ModelConfig& config, const Weights& wei
       weights_(weights),
       store_(store),
       chunk_(chunk),
-      act_(config, chunk, [this](size_t bytes) { return take(bytes); }),
+      act_(config, chunk, [this](size_t bytes, Memory memory) { return take(bytes, memory); }),
       next_deltas_(allocate_deltas(backend, config)),
       first_(static_cast<size_t>(config.num_experts) + 1),
       layer_times_(static_cast<size_t>(config.layers())) {
   for (int i = 0; i < chunk; ++i) act_.every[i] = i;
 }
 
-void* Forward::take(size_t bytes) {
-  buffers_.push_back(backend_.allocate(bytes));
+void* Forward::take(size_t bytes, Memory memory) {
+  buffers_.push_back(backend_.allocate(memory, bytes));
   bytes_ += static_cast<int64_t>(bytes);
   return buffers_.back().get();
 }
@@ -52,6 +52,7 @@ void Forward::run(State& state, std::span<const int32_t> ids, const Output& out,
       run_layer(layer, n, state, check);
       if (out.routing) copy_routing(layer, n, out.routing);
     }
+    backend_.all_finite(n, config_.hidden_size, act_.x, act_.finite);
     backend_.finish();
     check_finite(config_.layers(), n);
     store_.end_pass(n);
@@ -134,7 +135,7 @@ void Forward::linear_attention(int layer, int n, const State& state) {
 
 void Forward::full_attention(int layer, int n, State& state) {
   const AttentionWeights& w = weights_.layers[layer].self_attn;
-  const KeyValueCache& cache = state.caches[layer];
+  const KeyValueCache& cache = state.cache(layer);
   const Product inputs[] = {
       {&w.q_proj, act_.query}, {&w.k_proj, act_.key}, {&w.v_proj, act_.value}};
   backend_.matmul(n, act_.normed, inputs);
@@ -165,8 +166,15 @@ void Forward::mixture_of_experts(int layer, int n, const std::function<void()>& 
   const Product inputs[] = {{&w.router, act_.router_logits},
                             {&w.shared_expert_gate, act_.shared_gate}};
   backend_.matmul(n, act_.normed, inputs);
-  backend_.route(n, config_.num_experts, config_.experts_per_token, config_.norm_topk_prob,
-                 act_.router_logits, act_.ids, act_.expert_weights);
+  backend_.route(n, {.experts = config_.num_experts,
+                     .experts_per_token = config_.experts_per_token,
+                     .renormalise = config_.norm_topk_prob,
+                     .logits = act_.router_logits,
+                     .hidden = config_.hidden_size,
+                     .x = act_.x,
+                     .ids = act_.ids,
+                     .weights = act_.expert_weights,
+                     .finite = act_.finite});
   backend_.finish();
   check_finite(layer, n);
   layer_times_[layer].router += watch.lap();
@@ -254,12 +262,8 @@ ExpertCall Forward::call_of(const ExpertStore::Arrived& expert) const {
 // Weights that every token needs were checked when they were loaded, those of experts are not: what
 // they do to the residual stream is seen here, before anything is made of it.
 void Forward::check_finite(int layer, int n) const {
-  bool finite = true;
-  for (size_t i = 0; i < size(n, config_.hidden_size); ++i) finite &= std::isfinite(act_.x[i]);
-  for (size_t i = 0; i < size(n, config_.num_experts); ++i) {
-    finite &= std::isfinite(act_.router_logits[i]);
-  }
-  if (finite) return;
+  const auto end = act_.finite + n;
+  if (std::find(act_.finite, end, 0) == end) return;
   std::string where = "activations are not finite at layer " + std::to_string(layer);
   if (layer > 0) {
     const std::string bad = store_.find_not_finite(layer - 1, needed_);

@@ -54,7 +54,7 @@ class Forward {
   double head_seconds() const { return head_seconds_; }
 
  private:
-  void* take(size_t bytes);
+  void* take(size_t bytes, Memory memory);
   void run_layer(int layer, int n, State& state, const std::function<void()>& check);
   // x += mixer(normed).
   void linear_attention(int layer, int n, const State& state);

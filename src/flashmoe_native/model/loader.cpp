@@ -10,9 +10,11 @@
 namespace flashmoe {
 namespace {
 
-constexpr int64_t kAlignment = 64;         // of a tensor: a cache line
-constexpr int64_t kSharedBlock = 1 << 20;  // that tensors below a quarter of it share
-constexpr int64_t kLongestRead = 8 << 20;  // longer ones are split, to be read in parallel
+constexpr int64_t kAlignment = 64;                 // of a tensor: a cache line
+constexpr int64_t kSharedBlock = 1 << 20;          // that tensors below a quarter of it share
+constexpr int64_t kMaxGap = 1 << 20;               // between tensors that are mapped together
+constexpr int64_t kLongestRun = int64_t{4} << 30;  // what is mapped together at most
+constexpr int64_t kLongestRead = 8 << 20;          // longer ones are split, to be read in parallel
 
 [[noreturn]] void not_finite(const std::string& file, const std::string& name, int64_t index) {
   throw CheckpointError(file + ": tensor " + name + ": element " + std::to_string(index) +
@@ -30,21 +32,70 @@ const auto& find(const Specs& specs, const std::string& name) {
 
 Loader::Loader(Backend& backend, IoQueue& io, const std::vector<std::unique_ptr<File>>& files,
                const CheckpointSpec& spec)
-    : backend_(backend), io_(io), files_(files), spec_(spec) {}
+    : backend_(backend), io_(io), files_(files), spec_(spec) {
+  find_runs();
+}
 
 Loader::~Loader() {
   std::unique_lock lock(mutex_);
   done_wake_.wait(lock, [&] { return done_ == submitted_; });
 }
 
+void Loader::find_runs() {
+  for (const auto& [name, matrix] : spec_.matrices) {
+    for (int part = 0; part < matrix.format.parts(); ++part) {
+      const std::vector<Extent>& extents = matrix.parts[part];
+      if (extents.size() != 1 || extents[0].length <= kSharedBlock / 4 ||
+          extents[0].offset % backend_.weight_alignment() != 0) {
+        continue;
+      }
+      runs_[extents[0].file].push_back(
+          {.begin = extents[0].offset, .end = extents[0].offset + extents[0].length});
+    }
+  }
+  for (auto& [file, runs] : runs_) {
+    std::sort(runs.begin(), runs.end(),
+              [](const Run& a, const Run& b) { return a.begin < b.begin; });
+    std::vector<Run> merged;
+    for (const Run& run : runs) {
+      if (!merged.empty() && run.begin - merged.back().end <= kMaxGap &&
+          run.end - merged.back().begin <= kLongestRun) {
+        merged.back().end = std::max(merged.back().end, run.end);
+      } else {
+        merged.push_back(run);
+      }
+    }
+    runs = std::move(merged);
+  }
+}
+
+std::byte* Loader::map(const Extent& extent) {
+  if (extent.offset % backend_.weight_alignment() != 0) return nullptr;
+  for (Run& run : runs_[extent.file]) {
+    if (extent.offset < run.begin || extent.offset + extent.length > run.end) continue;
+    const File& file = *files_[extent.file];
+    if (!run.tried) {
+      run.tried = true;
+      Buffer memory = backend_.map(file, run.begin, run.end - run.begin);
+      if (!memory) return nullptr;
+      run.data = memory.get();
+      mapped_ = true;
+      buffers_.push_back(std::move(memory));
+      // Else the first pass would wait for one page after another.
+      for (int64_t at = run.begin; at < run.end; at += kLongestRead) {
+        submit(file, at, std::min(kLongestRead, run.end - at), nullptr);
+      }
+    }
+    return run.data ? run.data + (extent.offset - run.begin) : nullptr;
+  }
+  return nullptr;
+}
+
 std::byte* Loader::place(const std::vector<Extent>& extents, int64_t length) {
   if (extents.size() == 1 && length > kSharedBlock / 4) {
-    const Extent& extent = extents.front();
-    Buffer mapped = backend_.map(*files_[extent.file], extent.offset, length);
-    if (mapped) {
+    if (std::byte* mapped = map(extents.front())) {
       bytes_ += length;
-      buffers_.push_back(std::move(mapped));
-      return buffers_.back().get();
+      return mapped;
     }
   }
   std::byte* to = allocate(length);
@@ -56,11 +107,11 @@ std::byte* Loader::allocate(int64_t length) {
   length = (length + kAlignment - 1) / kAlignment * kAlignment;
   bytes_ += length;
   if (length > kSharedBlock / 4) {
-    buffers_.push_back(backend_.allocate(static_cast<size_t>(length)));
+    buffers_.push_back(backend_.allocate(Memory::kWeights, static_cast<size_t>(length)));
     return buffers_.back().get();
   }
   if (length > block_left_) {
-    buffers_.push_back(backend_.allocate(kSharedBlock));
+    buffers_.push_back(backend_.allocate(Memory::kWeights, kSharedBlock));
     block_ = buffers_.back().get();
     block_left_ = kSharedBlock;
   }
@@ -74,7 +125,8 @@ void Loader::submit(const File& file, int64_t offset, int64_t length, std::byte*
   io_.submit({[this, &file, offset, length, to] {
     std::exception_ptr failure;
     try {
-      file.read(offset, length, to);
+      std::vector<std::byte> unused(to ? 0 : static_cast<size_t>(length));
+      file.read(offset, length, to ? to : unused.data());
     } catch (...) {
       failure = std::current_exception();
     }

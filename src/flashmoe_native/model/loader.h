@@ -4,6 +4,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <exception>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -37,6 +38,7 @@ class Loader {
   void finish(const Progress& progress);
 
   int64_t bytes() const { return bytes_; }
+  bool mapped() const { return mapped_; }
   std::vector<Buffer> take_buffers() { return std::move(buffers_); }
 
  private:
@@ -48,12 +50,24 @@ class Loader {
     DType dtype;
   };
 
+  // Neighbours in a file, mapped together.
+  struct Run {
+    int64_t begin, end;
+    std::byte* data = nullptr;
+    bool tried = false;
+  };
+
+  // The runs of tensors that may be used where they lie in their files.
+  void find_runs();
+  // Where such a tensor is, or null.
+  std::byte* map(const Extent& extent);
   // Where a tensor's bytes are, or will be after finish().
   std::byte* place(const std::vector<Extent>& extents, int64_t length);
   std::byte* allocate(int64_t length);
   std::vector<float> floats(const std::string& name);
   const float* keep(const std::vector<float>& values);
   void read(const std::vector<Extent>& extents, std::byte* to);
+  // Reads into `to`, or where that is null only so that the page cache has the bytes.
   void submit(const File& file, int64_t offset, int64_t length, std::byte* to);
 
   Backend& backend_;
@@ -61,6 +75,8 @@ class Loader {
   const std::vector<std::unique_ptr<File>>& files_;
   const CheckpointSpec& spec_;
   std::vector<Buffer> buffers_;
+  std::map<int, std::vector<Run>> runs_;  // by file, in order
+  bool mapped_ = false;
   std::byte* block_ = nullptr;  // what is left of a block that small tensors share
   int64_t block_left_ = 0;
   int64_t bytes_ = 0;

@@ -13,6 +13,10 @@ namespace {
 
 constexpr int64_t kCacheStep = 256;  // caches grow by half, in multiples of so many tokens
 
+int64_t padded(int64_t tokens) {
+  return (tokens + kCacheStep - 1) / kCacheStep * kCacheStep;
+}
+
 size_t conv_bytes_of(const ModelConfig& config) {
   return sizeof(float) * static_cast<size_t>(config.linear_conv_kernel_dim - 1) *
          config.conv_channels();
@@ -31,8 +35,8 @@ std::vector<DeltaState> allocate_deltas(Backend& backend, const ModelConfig& con
     if (attention) {
       result.push_back({});
     } else {
-      result.push_back(
-          {backend.allocate(conv_bytes_of(config)), backend.allocate(recurrent_bytes_of(config))});
+      result.push_back({backend.allocate(Memory::kState, conv_bytes_of(config)),
+                        backend.allocate(Memory::kState, recurrent_bytes_of(config))});
     }
   }
   return result;
@@ -40,10 +44,11 @@ std::vector<DeltaState> allocate_deltas(Backend& backend, const ModelConfig& con
 
 State::State(Backend& backend, const ModelConfig& config, DType cache_dtype)
     : deltas(allocate_deltas(backend, config)),
+      key_values_(std::make_shared<KeyValues>()),
       backend_(&backend),
       config_(&config),
       cache_dtype_(cache_dtype) {
-  for (int layer = 0; layer < config.layers(); ++layer) caches.push_back({});
+  key_values_->layers.resize(config.layers());
 }
 
 size_t State::conv_bytes() const {
@@ -59,20 +64,17 @@ size_t State::row_bytes() const {
 }
 
 int64_t State::bytes() const {
-  int64_t total = 0;
-  for (int layer = 0; layer < config_->layers(); ++layer) {
-    total += config_->attention_layers[layer]
-                 ? static_cast<int64_t>(2 * row_bytes()) * config_->num_key_value_heads *
-                       caches[layer].capacity
-                 : static_cast<int64_t>(conv_bytes() + recurrent_bytes());
-  }
-  return total;
+  const auto attention =
+      std::count(config_->attention_layers.begin(), config_->attention_layers.end(), true);
+  const auto recurrent = static_cast<int64_t>(conv_bytes() + recurrent_bytes());
+  return key_values_->bytes + (config_->layers() - attention) * recurrent;
 }
 
-KeyValueCache State::grown(const KeyValueCache& old, int64_t capacity) const {
-  const size_t row = row_bytes(), held = row * position_;
+KeyValueCache State::copy(const KeyValueCache& old, int64_t length, int64_t capacity) const {
+  const size_t row = row_bytes(), held = row * length;
   const size_t bytes = row * config_->num_key_value_heads * capacity;
-  KeyValueCache fresh{backend_->allocate(bytes), backend_->allocate(bytes), capacity};
+  KeyValueCache fresh{backend_->allocate(Memory::kState, bytes),
+                      backend_->allocate(Memory::kState, bytes), capacity};
   for (int head = 0; held > 0 && head < config_->num_key_value_heads; ++head) {
     const size_t to = row * head * capacity, from = row * head * old.capacity;
     std::memcpy(fresh.keys.get() + to, old.keys.get() + from, held);
@@ -86,7 +88,7 @@ std::vector<StateTensor> State::tensors(int64_t position) const {
   for (int layer = 0; layer < config_->layers(); ++layer) {
     const std::string prefix = "layers." + std::to_string(layer) + ".";
     if (config_->attention_layers[layer]) {
-      const KeyValueCache& cache = caches[layer];
+      const KeyValueCache& cache = this->cache(layer);
       const auto add = [&](const char* name, const Buffer& buffer) {
         result.push_back({prefix + name,
                           cache_dtype_,
@@ -116,11 +118,27 @@ std::vector<StateTensor> State::tensors(int64_t position) const {
 }
 
 void State::reserve(int64_t tokens) try {
-  for (int layer = 0; layer < config_->layers(); ++layer) {
-    if (!config_->attention_layers[layer] || tokens <= caches[layer].capacity) continue;
-    const int64_t wanted = std::max(tokens, caches[layer].capacity + caches[layer].capacity / 2);
-    caches[layer] = grown(caches[layer], (wanted + kCacheStep - 1) / kCacheStep * kCacheStep);
+  if (key_values_->length > position_) {  // another state has gone on, or had until it was freed
+    if (key_values_.use_count() > 1) {
+      auto own = std::make_shared<KeyValues>();
+      for (const KeyValueCache& old : key_values_->layers) {
+        own->layers.push_back(old.capacity > 0 ? copy(old, position_, padded(tokens))
+                                               : KeyValueCache{});
+      }
+      key_values_ = std::move(own);
+    }
+    key_values_->length = position_;
   }
+  for (int layer = 0; layer < config_->layers(); ++layer) {
+    KeyValueCache& cache = key_values_->layers[layer];
+    if (!config_->attention_layers[layer] || tokens <= cache.capacity) continue;
+    const int64_t wanted = std::max(tokens, cache.capacity + cache.capacity / 2);
+    cache = copy(cache, position_, padded(wanted));
+  }
+  int64_t capacity = 0;  // of all layers
+  for (const KeyValueCache& cache : key_values_->layers) capacity += cache.capacity;
+  key_values_->bytes =
+      static_cast<int64_t>(2 * row_bytes()) * config_->num_key_value_heads * capacity;
 } catch (const std::bad_alloc&) {
   throw OutOfMemoryError("the system does not grant the memory for keys and values of " +
                          std::to_string(tokens) + " tokens; the state still holds " +
@@ -132,16 +150,12 @@ void State::reserve(int64_t tokens) try {
 State State::fork() const {
   State copy(*backend_, *config_, cache_dtype_);
   copy.position_ = position_;
+  copy.key_values_ = key_values_;
   for (int layer = 0; layer < config_->layers(); ++layer) {
-    if (config_->attention_layers[layer]) {
-      if (caches[layer].capacity > 0) {
-        copy.caches[layer] = grown(caches[layer], caches[layer].capacity);
-      }
-    } else {
-      std::memcpy(copy.deltas[layer].conv.get(), deltas[layer].conv.get(), conv_bytes());
-      std::memcpy(copy.deltas[layer].recurrent.get(), deltas[layer].recurrent.get(),
-                  recurrent_bytes());
-    }
+    if (config_->attention_layers[layer]) continue;
+    std::memcpy(copy.deltas[layer].conv.get(), deltas[layer].conv.get(), conv_bytes());
+    std::memcpy(copy.deltas[layer].recurrent.get(), deltas[layer].recurrent.get(),
+                recurrent_bytes());
   }
   return copy;
 }

@@ -1,8 +1,10 @@
 // Everything a sequence carries from token to token, as one value.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -14,6 +16,14 @@ namespace flashmoe {
 struct KeyValueCache {  // of an attention layer
   Buffer keys, values;  // [kv_heads, capacity, head_dim]
   int64_t capacity = 0;
+};
+
+// The caches of all layers. They only ever grow, so that a state and its forks share them, each as
+// far as its own position.
+struct KeyValues {
+  std::vector<KeyValueCache> layers;  // empty ones for GatedDeltaNet layers
+  int64_t length = 0;                 // positions that are written: the longest state's
+  std::atomic<int64_t> bytes = 0;     // read by threads that do not have their turn
 };
 
 struct DeltaState {  // of a GatedDeltaNet layer
@@ -37,14 +47,17 @@ class State {
   State(State&&) = default;
   State& operator=(State&&) = default;
 
+  // A copy of the recurrent states that shares keys and values.
   State fork() const;
-  // Makes room for `tokens` in every cache; what they hold stays. A cache at a time is copied.
+  // Makes room for `tokens` in every cache, behind what this state holds of them. Where another
+  // state has written there, this one gets keys and values of its own. A cache at a time is copied.
   // Throws OutOfMemoryError; the state is then as it was.
   void reserve(int64_t tokens);
 
   int64_t position() const { return position_; }
   DType cache_dtype() const { return cache_dtype_; }
-  int64_t bytes() const;
+  int64_t bytes() const;  // shared keys and values too
+  const KeyValues& key_values() const { return *key_values_; }
   // All tensors of a state of so many tokens; their memory is this one's where it is that long.
   std::vector<StateTensor> tensors(int64_t position) const;
   // Bytes of one layer's buffers.
@@ -53,15 +66,16 @@ class State {
   size_t row_bytes() const;  // of one head's key at one position
 
   // By layer; only the one of the layer's kind is there.
-  std::vector<KeyValueCache> caches;
+  KeyValueCache& cache(int layer) const { return key_values_->layers[layer]; }
   std::vector<DeltaState> deltas;
 
-  // `tokens` more have been taken in.
-  void advance(int64_t tokens) { position_ += tokens; }
+  // `tokens` more have been taken in, for which there was room.
+  void advance(int64_t tokens) { key_values_->length = position_ += tokens; }
 
  private:
-  KeyValueCache grown(const KeyValueCache& old, int64_t capacity) const;
+  KeyValueCache copy(const KeyValueCache& old, int64_t length, int64_t capacity) const;
 
+  std::shared_ptr<KeyValues> key_values_;
   Backend* backend_;
   const ModelConfig* config_;
   DType cache_dtype_;

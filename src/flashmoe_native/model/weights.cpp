@@ -57,6 +57,7 @@ Weights::Weights(Backend& backend, IoQueue& io, const std::vector<std::unique_pt
   }
   load.finish(progress);
   bytes = load.bytes();
+  mapped = load.mapped();
   buffers_ = load.take_buffers();
 }
 

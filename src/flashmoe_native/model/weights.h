@@ -52,6 +52,7 @@ class Weights {
   const float* norm = nullptr;
   std::vector<LayerWeights> layers;
   int64_t bytes = 0;
+  bool mapped = false;  // some are pages of their files
 
  private:
   std::vector<Buffer> buffers_;

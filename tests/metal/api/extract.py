@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 HEADER = Path(__file__).parents[1] / "include" / "Metal" / "Metal.h"
+NEWER = Path(__file__).parents[3] / "src" / "flashmoe_native" / "backend" / "metal" / "newer.h"
 HERE = Path(__file__).parent
 
 
@@ -103,9 +104,11 @@ class Image:
         return {name: whole(name) for name in own}
 
 
-def encode(kind: str) -> str:
-    """The encoding of a C++ type of metal-cpp."""
+def encode(kind: str, signed: set[str]) -> str:
+    """The encoding of a C++ type of metal-cpp; `signed` are its enums over NS::Integer."""
     kind = kind.strip()
+    if kind.split("::")[-1] in signed:
+        return "q"
     for pattern, encoding in (
         (r"void$", "v"),
         (r"const void ?\*", "r^v"),
@@ -125,6 +128,7 @@ def encode(kind: str) -> str:
 def metal_cpp(headers: dict[str, str]) -> dict[tuple[str, str], str]:
     """Encodings by (class, selector)."""
     everything = "\n".join(headers.values())
+    signed = set(re.findall(r"_MTL_ENUM\(\s*NS::Integer,\s*(\w+)\s*\)", everything))
     selectors = dict(re.findall(r'_DEF_SEL\((\w+),\s*"([^"]+)"', everything))
     method = re.compile(
         r"_MTL_INLINE ([^\n]+?) MTL::(\w+)::\w+\(([^\n]*)\)(?: const)?\s*\{\s*[^}]*?"
@@ -136,7 +140,9 @@ def metal_cpp(headers: dict[str, str]) -> dict[tuple[str, str], str]:
         # A parameter's name is its last word; a block's is in its middle.
         kinds = [k if "(^" in k else re.sub(r"\w+\s*$", "", k) for k in kinds]
         try:
-            encoding = encode(result) + "@:" + "".join(map(encode, kinds))
+            encoding = "@:".join(
+                (encode(result, signed), "".join(encode(kind, signed) for kind in kinds))
+            )
         except ValueError:
             continue  # a type that flashmoe does not use
         found["MTL" + owner, selectors[selector]] = encoding
@@ -152,10 +158,10 @@ def main(pyobjc: str, mlx: str) -> None:
         names = [n for n in wheel.namelist() if "metal_cpp/Metal/" in n and n.endswith(".hpp")]
         signatures = metal_cpp({n: wheel.read(n).decode() for n in names})
 
-    header = HEADER.read_text()
+    header = HEADER.read_text() + NEWER.read_text()
     used = set(re.findall(r"\b(MTL\w+) = \d", header))
     kept: dict[str, dict[str, str]] = {}
-    for name in re.findall(r"@(?:protocol|interface) (MTL\w+)", header):
+    for name in re.findall(r"@(?:protocol|interface) (?:Newer)?(MTL\w+)", header):
         kept[name] = dict(protocols.get(name, {}))
         kept[name] |= {
             selector: encoding

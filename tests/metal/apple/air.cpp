@@ -55,8 +55,11 @@ extern "C" void enter() {
   msl::enter_threadgroup_memory(__start_threadgroup, __stop_threadgroup - __start_threadgroup,
                                 &group);
 }
-extern "C" void* bound(int index, int size, int alignment) {
-  return msl::bound(index, size, alignment);
+// What the executor takes for a kernel's struct is here a table of addresses, by index.
+extern "C" void* bound(int index, int, int) {
+  const size_t at = static_cast<size_t>(index);
+  const void* table = msl::arguments((at + 1) * sizeof(void*));
+  return static_cast<void* const*>(table)[at];
 }
 #define PLACE(name, quantity)               \
   extern "C" unsigned name(int axis) {      \
@@ -68,9 +71,9 @@ PLACE(simdgroup_index_in_threadgroup, kSimdgroup)
 PLACE(thread_index_in_simdgroup, kLane)
 
 #define DECLARE(name) extern "C" void entry_##name();
-#define ENTRY(name) {#name, entry_##name},
+#define ENTRY(name) {#name, 1024, entry_##name},
 APPLE_KERNELS(DECLARE)
 
 namespace msl {
-extern const Kernel kernels[] = {APPLE_KERNELS(ENTRY){nullptr, nullptr}};
+extern const Kernel kernels[] = {APPLE_KERNELS(ENTRY){nullptr, 0, nullptr}};
 }  // namespace msl

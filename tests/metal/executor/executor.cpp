@@ -212,26 +212,41 @@ void run_threadgroup(std::mt19937* shuffle) {
   }
 }
 
+constexpr size_t kPage = 16384;  // a multiple of the page of every machine that this runs on
+constexpr unsigned char kCanary = 0xa5;
+
+struct Allocation {
+  char* pages;
+  size_t length, room;
+};
+std::mutex allocations_mutex;
+std::unordered_map<void*, Allocation> allocations;
+
+// Which allocation an address is nearest to.
+std::string where(const char* address) {
+  std::string text;
+  uint64_t nearest = 1 << 20;
+  const std::lock_guard lock(allocations_mutex);
+  for (const auto& [data, allocation] : allocations) {
+    const char* begin = static_cast<const char*>(data);
+    const char* end = begin + allocation.length;
+    const auto distance = static_cast<uint64_t>(address >= end ? address - end : begin - address);
+    if (distance >= nearest) continue;
+    nearest = distance;
+    text = ", " + std::to_string(distance) + " bytes " +
+           (address >= end ? "past the end" : "before the begin") + " of an array of " +
+           std::to_string(allocation.length);
+  }
+  return text;
+}
+
 const char* name_of(int signal) {
   return signal == SIGILL ? "misaligned read or write" : "read or write outside every buffer";
 }
 
 void on_fault(int signal, siginfo_t* info, void*) {
-  const auto address = reinterpret_cast<uintptr_t>(info->si_addr);
-  std::string where;
-  uint64_t nearest = 1 << 20;
-  for (int i = 0; i < kExecutorBuffers && signal != SIGILL; ++i) {
-    const ExecutorBuffer& bound = run.dispatch->buffers[i];
-    const auto begin = reinterpret_cast<uintptr_t>(bound.data), end = begin + bound.length;
-    if (!bound.data || (address >= begin && address < end)) continue;
-    const uint64_t distance = address >= end ? address - end : begin - address;
-    if (distance >= nearest) continue;
-    nearest = distance;
-    where = ", " + std::to_string(distance) + " bytes " +
-            (address >= end ? "past the end" : "before the begin") + " of what is bound at " +
-            std::to_string(i);
-  }
-  set_error("%s by thread %u%s", name_of(signal), run.current, where.c_str());
+  set_error("%s by thread %u%s", name_of(signal), run.current,
+            signal == SIGILL ? "" : where(static_cast<char*>(info->si_addr)).c_str());
   siglongjmp(run.fault, 1);
 }
 
@@ -287,28 +302,19 @@ const Kernel* find_kernel(const char* name) {
 
 std::string check(const ExecutorDispatch& dispatch) {
   const std::string name = dispatch.kernel;
-  if (!find_kernel(dispatch.kernel)) return name + ": no such kernel";
+  const uint32_t most = executor_threads(dispatch.kernel);
+  if (most == 0) return name + ": no such kernel";
   for (const uint32_t size : dispatch.threadgroups) {
     if (size == 0) return name + ": empty grid";
   }
   uint64_t threads = 1;
   for (const uint32_t size : dispatch.threads) threads *= size;
-  if (threads == 0 || threads > kMaxThreads || threads % kSimdWidth != 0) {
+  if (threads == 0 || threads > most || threads % kSimdWidth != 0) {
     return name + ": " + std::to_string(threads) +
-           " threads a threadgroup; a multiple of 32 up to 1024 is wanted";
+           " threads a threadgroup; a multiple of 32 up to " + std::to_string(most) + " is wanted";
   }
   return "";
 }
-
-constexpr size_t kPage = 16384;  // a multiple of the page of every machine that this runs on
-constexpr unsigned char kCanary = 0xa5;
-
-struct Allocation {
-  char* pages;
-  size_t length, room;
-};
-std::mutex allocations_mutex;
-std::unordered_map<void*, Allocation> allocations;
 
 }  // namespace
 
@@ -331,18 +337,15 @@ void threadgroup_barrier(Site site) {
   park(Wait::kThreadgroup, Operation::kBarrier, 0, 0, site);
 }
 
-void* bound(int at, size_t size, size_t alignment) {
-  run.dispatch->used_buffers |= 1u << at;
-  const ExecutorBuffer& buffer = run.dispatch->buffers[at];
-  if (!buffer.data) {
-    set_error("nothing is bound at index %d", at);
-  } else if (buffer.length < size) {
-    set_error("%llu bytes are bound at index %d, where the argument has %zu",
-              static_cast<unsigned long long>(buffer.length), at, size);
-  } else if (reinterpret_cast<uintptr_t>(buffer.data) % alignment != 0) {
-    set_error("what is bound at index %d is not aligned to %zu bytes", at, alignment);
+const void* arguments(size_t size) {
+  const ExecutorDispatch& dispatch = *run.dispatch;
+  if (!dispatch.arguments) {
+    set_error("nothing is bound at index 0");
+  } else if (dispatch.arguments_length < size) {
+    set_error("%llu bytes are bound at index 0, where the argument has %zu",
+              static_cast<unsigned long long>(dispatch.arguments_length), size);
   } else {
-    return buffer.data;
+    return dispatch.arguments;
   }
   abandon();
 }
@@ -395,7 +398,7 @@ const char* executor_run(ExecutorDispatch* dispatch) {
   using namespace msl;
   static thread_local std::string error;
   const std::lock_guard lock(turns);
-  dispatch->used_buffers = dispatch->used_constants = 0;
+  dispatch->used_constants = 0;
   error = check(*dispatch);
   if (!error.empty()) return error.c_str();
   if (!stacks) {
@@ -411,8 +414,9 @@ const char* executor_run(ExecutorDispatch* dispatch) {
   return error.empty() ? nullptr : error.c_str();
 }
 
-int executor_has(const char* kernel) {
-  return msl::find_kernel(kernel) != nullptr;
+uint32_t executor_threads(const char* kernel) {
+  const msl::Kernel* found = msl::find_kernel(kernel);
+  return found ? found->threads : 0;
 }
 
 void* executor_allocate(uint64_t length) {

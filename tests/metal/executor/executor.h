@@ -8,32 +8,24 @@
 
 extern "C" {
 
-enum { kExecutorBuffers = 31, kExecutorConstants = 16 };
-
-// What is bound at one index: `data` is the buffer's contents plus the offset, `length` the bytes
-// from there to the buffer's end. Null data: nothing is bound. setBytes looks the same.
-struct ExecutorBuffer {
-  void* data;
-  uint64_t length;
-};
+enum { kExecutorConstants = 16 };
 
 struct ExecutorDispatch {
   const char* kernel;
   uint32_t threadgroups[3];  // per grid
   uint32_t threads[3];       // per threadgroup; at most 1024 in all
-  ExecutorBuffer buffers[kExecutorBuffers];
+  const void* arguments;     // the kernel's struct, at index 0; null: nothing is bound
+  uint64_t arguments_length;
   uint32_t constants[kExecutorConstants];  // function constants, all of type uint
   uint32_t constants_set;                  // bit i: constant i has a value
   uint32_t seed;                           // of the shuffles; 0: in order
-  uint32_t used_buffers;                   // out: bit i: the kernel has an argument at index i
   uint32_t used_constants;                 // out: bit i: the kernel read constant i
 };
 
 // Runs a dispatch to its end. Returns null, or what is wrong with it, which stays readable until
 // the thread's next call:
-// - no such kernel, an empty grid, more than 1024 threads in a threadgroup;
-// - an index that the kernel reads is unbound, shorter than the struct it holds, or misaligned for
-//   its type; a function constant that it reads has no value;
+// - no such kernel, an empty grid, more threads in a threadgroup than the kernel allows;
+// - its struct is unbound or shorter than it is; a function constant that it reads has no value;
 // - a threadgroup barrier that not every thread reaches, a simdgroup operation that not every lane
 //   reaches, or several of them reached at once;
 // - more than 32 KiB of threadgroup memory;
@@ -41,8 +33,8 @@ struct ExecutorDispatch {
 // Dispatches of several threads take turns.
 const char* executor_run(ExecutorDispatch* dispatch);
 
-// 1 if the library has the kernel.
-int executor_has(const char* kernel);
+// The most threads that a threadgroup of the kernel may have; 0 if the library has no such kernel.
+uint32_t executor_threads(const char* kernel);
 
 // `length` bytes, 16-byte aligned (page-aligned if `length` is a multiple of a page), zeroed; an
 // unreadable page follows the last one, with less than 16 bytes between, and another precedes it.

@@ -12,7 +12,7 @@
 
 namespace msl {
 
-#define ENTRY(name) {#name, [] { ::name(); }},
-extern const Kernel kernels[] = {FLASHMOE_KERNELS(ENTRY){nullptr, nullptr}};
+#define ENTRY(name) {#name, name##_threads, [] { ::name(); }},
+extern const Kernel kernels[] = {FLASHMOE_KERNELS(ENTRY){nullptr, 0, nullptr}};
 
 }  // namespace msl

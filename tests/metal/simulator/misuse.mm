@@ -8,6 +8,7 @@
 #include <string>
 
 #include "arguments.h"
+#include "backend/metal/newer.h"
 
 static id<MTLDevice> device;
 static id<MTLCommandBuffer> commands;
@@ -15,6 +16,8 @@ static id<MTLComputeCommandEncoder> encoder;
 static id<MTLComputePipelineState> norm;
 static id<MTLBuffer> buffer;
 static id<MTLCommandQueue> queue;
+static id<MTLFence> fence;
+static void* memory;
 constexpr NSUInteger kPage = 4096;
 
 static id<MTLBuffer> over(void* pointer, NSUInteger length, MTLResourceOptions options) {
@@ -25,13 +28,20 @@ static void* pages() {
   return mmap(nullptr, 2 * kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 }
 
-static void bind_all() {
-  const shaders::NormArguments arguments{4, 1e-6f};
+static void bind(uint64_t address) {
+  const shaders::NormArguments arguments{address, address, address, 4, 1e-6f};
   [encoder setComputePipelineState:norm];
-  for (const uint32_t index : {shaders::kNormX, shaders::kNormWeight, shaders::kNormOut}) {
-    [encoder setBuffer:buffer offset:0 atIndex:index];
-  }
-  [encoder setBytes:&arguments length:sizeof arguments atIndex:shaders::kNormArguments];
+  [encoder setBytes:&arguments length:sizeof arguments atIndex:0];
+}
+
+static void use(id<MTLBuffer> used) {
+  const id<MTLResource> resources[] = {used};
+  [encoder useResources:resources count:1 usage:MTLResourceUsageRead | MTLResourceUsageWrite];
+}
+
+static void bind_all() {
+  use(buffer);
+  bind([buffer gpuAddress]);
 }
 
 static void dispatch(NSUInteger groups, NSUInteger threads) {
@@ -40,6 +50,7 @@ static void dispatch(NSUInteger groups, NSUInteger threads) {
 }
 
 static void finish() {
+  [encoder updateFence:fence];
   [encoder endEncoding];
   [commands commit];
   [commands waitUntilCompleted];
@@ -52,15 +63,7 @@ static const std::map<std::string, void (*)()> kMisuses = {
        dispatch(1, shaders::kNormThreads);
        finish();
      }},
-    {"index out of range", [] { [encoder setBuffer:buffer offset:0 atIndex:31]; }},
-    {"offset beyond the end", [] { [encoder setBuffer:buffer offset:2 * kPage atIndex:0]; }},
-    {"misaligned offset",
-     [] {
-       bind_all();
-       [encoder setBuffer:buffer offset:2 atIndex:shaders::kNormX];
-       dispatch(1, shaders::kNormThreads);
-       finish();
-     }},
+    {"another index", [] { [encoder setBytes:"1234" length:4 atIndex:1]; }},
     {"long setBytes",
      [] {
        static char bytes[4097];
@@ -69,16 +72,71 @@ static const std::map<std::string, void (*)()> kMisuses = {
     {"short struct",
      [] {
        bind_all();
-       [encoder setBytes:"1234" length:4 atIndex:shaders::kNormArguments];
+       [encoder setBytes:"1234" length:4 atIndex:0];
        dispatch(1, shaders::kNormThreads);
        finish();
      }},
-    {"unbound buffer",
+    {"unbound struct",
      [] {
-       bind_all();
-       [encoder setBuffer:nil offset:0 atIndex:shaders::kNormWeight];
+       [encoder setComputePipelineState:norm];
        dispatch(1, shaders::kNormThreads);
        finish();
+     }},
+    {"a host pointer",
+     [] {
+       use(buffer);
+       bind(reinterpret_cast<uint64_t>(memory));
+       dispatch(1, shaders::kNormThreads);
+       finish();
+     }},
+    {"not resident",
+     [] {
+       bind([buffer gpuAddress]);
+       dispatch(1, shaders::kNormThreads);
+       finish();
+     }},
+    {"an address past the end",
+     [] {
+       use(buffer);
+       bind([buffer gpuAddress] + kPage);
+       dispatch(1, shaders::kNormThreads);
+       finish();
+     }},
+    {"a misaligned address",
+     [] {
+       use(buffer);
+       bind([buffer gpuAddress] + 2);
+       dispatch(1, shaders::kNormThreads);
+       finish();
+     }},
+    {"a set not committed",
+     [] {
+       NSError* error = nil;
+       id descriptor = [[NSClassFromString(@"MTLResidencySetDescriptor") alloc] init];
+       id<NewerMTLResidencySet> set =
+           [(id<NewerMTLDevice>)device newResidencySetWithDescriptor:descriptor error:&error];
+       [(id<NewerMTLCommandQueue>)queue addResidencySet:set];
+       [set addAllocation:buffer];
+       [set requestResidency];
+       bind([buffer gpuAddress]);
+       dispatch(1, shaders::kNormThreads);
+       finish();
+     }},
+    {"removed from a set that has it not",
+     [] {
+       NSError* error = nil;
+       id descriptor = [[NSClassFromString(@"MTLResidencySetDescriptor") alloc] init];
+       [(id<NewerMTLResidencySet>)[(id<NewerMTLDevice>)device
+           newResidencySetWithDescriptor:descriptor
+                                   error:&error] removeAllocation:buffer];
+     }},
+    {"no fence",
+     [] {
+       [encoder endEncoding];
+       [commands commit];
+       id<MTLCommandBuffer> second = [queue commandBuffer];
+       [[second computeCommandEncoder] endEncoding];
+       [second commit];
      }},
     {"no pipeline", [] { dispatch(1, 32); }},
     {"too many threads",
@@ -104,11 +162,17 @@ static const std::map<std::string, void (*)()> kMisuses = {
        [encoder endEncoding];
        dispatch(1, 32);
      }},
+    {"wait after the end",
+     [] {
+       [encoder endEncoding];
+       [encoder waitForFence:fence];
+     }},
+    {"two fences", [] { [encoder waitForFence:fence], [encoder waitForFence:fence]; }},
     {"encoder released open", [] { [encoder release]; }},
     {"use after release",
      [] {
        [buffer release];
-       [encoder setBuffer:buffer offset:0 atIndex:0];
+       use(buffer);
      }},
     {"release twice",
      [] {
@@ -132,9 +196,11 @@ int main(int, char** arguments) {
   NSAutoreleasePool* pool = [[NSAutoreleasePool alloc] init];
   device = MTLCreateSystemDefaultDevice();
   queue = [device newCommandQueue];
-  buffer = over(pages(), kPage, MTLResourceStorageModeShared);
+  memory = pages();
+  buffer = over(memory, kPage, MTLResourceStorageModeShared);
+  fence = [device newFence];
   NSError* error = nil;
-  id<MTLLibrary> library = [device newLibraryWithSource:@"kernel void rms_norm("
+  id<MTLLibrary> library = [device newLibraryWithSource:@"KERNEL(rms_norm, "
                                                 options:nil
                                                   error:&error];
   MTLFunctionConstantValues* values = [[MTLFunctionConstantValues alloc] init];
@@ -148,7 +214,7 @@ int main(int, char** arguments) {
   [inner release];
   kMisuses.at(arguments[1])();
   for (id object : {(id)encoder, (id)commands, (id)norm, (id)function, (id)values, (id)library,
-                    (id)buffer, (id)queue, (id)device, (id)pool}) {
+                    (id)buffer, (id)fence, (id)queue, (id)device, (id)pool}) {
     [object release];
   }
 }

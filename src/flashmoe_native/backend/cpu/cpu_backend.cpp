@@ -16,7 +16,10 @@
 namespace flashmoe {
 namespace {
 
-constexpr int kRowUnit = 32;          // rows of a task are a multiple of it: what kernels take
+constexpr int kRowUnit = 32;    // rows of a task are a multiple of it: what kernels take
+constexpr int kFewRowUnit = 8;  // with a few tokens, which they take row by row
+constexpr int kFewTokens = 3;
+constexpr int kTaskTokens = 64;       // of a task, at most: more tasks, alike for every expert
 constexpr int kTasksPerThread = 32;   // enough that threads of unequal speed end together
 constexpr int64_t kMinCells = 32768;  // weight elements times tokens that are worth a task
 constexpr int kSmall = 16384;  // floats of an elementwise operation not worth a second thread
@@ -28,6 +31,12 @@ int round_up(int64_t value, int unit) {
   return divide_up(value, unit) * unit;
 }
 
+int32_t is_finite(const float* values, int count) {
+  int finite = 1;
+  for (int i = 0; i < count; ++i) finite &= std::isfinite(values[i]);
+  return finite;
+}
+
 class CpuBackend final : public Backend {
  public:
   CpuBackend(Precision precision, int threads)
@@ -37,7 +46,7 @@ class CpuBackend final : public Backend {
         inputs_(kernels_),
         per_thread_(static_cast<size_t>(pool_.threads())) {}
 
-  Buffer allocate(size_t bytes) override { return allocate_pages(bytes); }
+  Buffer allocate(Memory, size_t bytes, size_t) override { return allocate_pages(bytes); }
   int weight_alignment() const override { return 2; }
   Buffer map(const File&, int64_t, int64_t) override { return nullptr; }
   void finish() override {}
@@ -65,22 +74,27 @@ class CpuBackend final : public Backend {
     }
     int64_t rows = 0;
     for (const Product& product : products) rows += product.weight->rows;
-    const int step = task_rows(rows, cols, n);
-    int tasks = 0;
-    for (const Product& product : products) tasks += divide_up(product.weight->rows, step);
-    pool_.parallel_for(tasks, [&](int task, int) {
-      const Product* product = products.data();
-      int before = 0, here;
-      while (task - before >= (here = divide_up(product->weight->rows, step))) {
-        before += here;
-        ++product;
-      }
-      const int begin = (task - before) * step;
-      const int end = std::min(begin + step, product->weight->rows);
-      multiply({product->weight, begin, end, n, nullptr, nullptr, product->out,
-                product->weight->rows, product->add},
-               x);
-    });
+    const int step = task_rows(rows, int64_t{cols} * n, n);
+    const int blocks = divide_up(n, kTaskTokens);
+    const int32_t* every = every_token(n);
+    ends_.clear();
+    for (const Product& product : products) {
+      ends_.push_back((ends_.empty() ? 0 : ends_.back()) +
+                      divide_up(product.weight->rows, step) * blocks);
+    }
+    pool_.parallel_for(
+        ends_.back(),
+        [&](int task, int) {
+          const auto [index, part] = find_part(task);
+          const Product& product = products[index];
+          const int begin = part / blocks * step;
+          const int end = std::min(begin + step, product.weight->rows);
+          const int token = part % blocks * kTaskTokens;
+          multiply({product.weight, begin, end, std::min(n - token, kTaskTokens), every + token,
+                    every + token, product.out, product.weight->rows, product.add},
+                   x);
+        },
+        ThreadPool::Tasks::kAlike);
   }
 
   void causal_conv(int n, const ConvCall& call) override {
@@ -102,8 +116,10 @@ class CpuBackend final : public Backend {
   }
 
   void attention(int n, const AttentionCall& call) override;
-  void route(int n, int experts, int experts_per_token, bool renormalise, const float* logits,
-             int32_t* ids, float* weights) override;
+  void route(int n, const RouteCall& call) override;
+  void all_finite(int n, int width, const float* x, int32_t* finite) override {
+    for_each(n, width, [&](int t) { finite[t] = is_finite(x + int64_t{t} * width, width); });
+  }
   void experts(int n, const float* x, std::span<const ExpertCall> calls) override;
 
   void combine(int n, const CombineCall& call) override {
@@ -126,12 +142,26 @@ class CpuBackend final : public Backend {
     });
   }
 
-  // Rows of a task when `rows` rows of `cols` columns are multiplied with n tokens.
-  int task_rows(int64_t rows, int cols, int n) const {
-    if (pool_.threads() == 1) return static_cast<int>(std::min<int64_t>(rows, INT32_MAX / 2));
+  // 0, 1, 2 and so on.
+  const int32_t* every_token(int n) {
+    while (static_cast<int>(every_.size()) < n) every_.push_back(static_cast<int>(every_.size()));
+    return every_.data();
+  }
+
+  // Of tasks that belong to one thing after another, each up to its end in ends_: which a task
+  // belongs to, and which of its tasks it is.
+  std::pair<size_t, int> find_part(int task) const {
+    const auto end = std::upper_bound(ends_.begin(), ends_.end(), task);
+    return {static_cast<size_t>(end - ends_.begin()),
+            end == ends_.begin() ? task : task - *std::prev(end)};
+  }
+
+  // Rows of a task when `rows` rows are multiplied, `cells` weight elements times tokens each, with
+  // at most n tokens.
+  int task_rows(int64_t rows, int64_t cells, int n) const {
     const int64_t even = divide_up(rows, int64_t{kTasksPerThread} * pool_.threads());
-    const int64_t least = kMinCells / (int64_t{cols} * n) + 1;
-    return round_up(std::max(even, least), kRowUnit);
+    const int64_t least = kMinCells / std::max<int64_t>(1, cells) + 1;
+    return round_up(std::max(even, least), n > kFewTokens ? kRowUnit : kFewRowUnit);
   }
 
   void multiply(const Rows& rows, const float* x) const {
@@ -150,7 +180,8 @@ class CpuBackend final : public Backend {
   Scratch queries_, partials_, activations_;
   std::vector<Int8Input> down_inputs_;
   std::vector<size_t> offsets_;
-  std::vector<int> task_ends_;
+  std::vector<int> ends_;
+  std::vector<int32_t> every_;
   Scratch down_memory_;
 };
 
@@ -228,12 +259,14 @@ void CpuBackend::attention(int n, const AttentionCall& call) {
   });
 }
 
-void CpuBackend::route(int n, int experts, int experts_per_token, bool renormalise,
-                       const float* logits, int32_t* ids, float* weights) {
-  for_each(n, experts, [&](int t) {
-    const float* logit = logits + int64_t{t} * experts;
-    int32_t* chosen = ids + int64_t{t} * experts_per_token;
-    float* weight = weights + int64_t{t} * experts_per_token;
+void CpuBackend::route(int n, const RouteCall& call) {
+  const int experts = call.experts, experts_per_token = call.experts_per_token;
+  for_each(n, experts + call.hidden, [&](int t) {
+    const float* logit = call.logits + int64_t{t} * experts;
+    int32_t* chosen = call.ids + int64_t{t} * experts_per_token;
+    float* weight = call.weights + int64_t{t} * experts_per_token;
+    call.finite[t] =
+        is_finite(logit, experts) & is_finite(call.x + int64_t{t} * call.hidden, call.hidden);
     int found = 0;  // chosen[0 .. found) holds the largest so far, in falling order
     for (int32_t e = 0; e < experts; ++e) {
       const bool full = found == experts_per_token;
@@ -248,7 +281,7 @@ void CpuBackend::route(int n, int experts, int experts_per_token, bool renormali
     for (int j = 0; j < experts_per_token; ++j) {
       total += weight[j] = std::exp(logit[chosen[j]] - top);
     }
-    if (!renormalise) {
+    if (!call.renormalise) {
       total = 0;
       for (int e = 0; e < experts; ++e) total += std::exp(logit[e] - top);
     }
@@ -259,6 +292,9 @@ void CpuBackend::route(int n, int experts, int experts_per_token, bool renormali
 void CpuBackend::experts(int n, const float* x, std::span<const ExpertCall> calls) {
   // Rows of gate and up of a task: whole groups of the input of down, which the task quantises.
   const auto unit = [](const ExpertCall& call) { return std::max(64, call.down.group); };
+  const auto token_blocks = [](const ExpertCall& call) {
+    return divide_up(static_cast<int64_t>(call.tokens.size()), kTaskTokens);
+  };
   if (calls.empty()) return;
   const int cols = calls[0].gate.cols;
   const auto quantised = [&](const Matrix& weight) { return int8_ && weight.bits != 0; };
@@ -277,7 +313,7 @@ void CpuBackend::experts(int n, const float* x, std::span<const ExpertCall> call
 
   // Every call's silu(gate x) * up x, [tokens, intermediate], and up x beside it.
   offsets_.clear();
-  task_ends_.clear();
+  ends_.clear();
   down_inputs_.clear();
   size_t floats = 0, bytes = 0;
   int first_tasks = 0, second_rows = 0;
@@ -285,8 +321,8 @@ void CpuBackend::experts(int n, const float* x, std::span<const ExpertCall> call
   for (const ExpertCall& call : calls) {
     offsets_.push_back(floats);
     floats += call.tokens.size() * static_cast<size_t>(padded(call.gate.rows));
-    first_tasks += divide_up(call.gate.rows, unit(call));
-    task_ends_.push_back(first_tasks);
+    first_tasks += divide_up(call.gate.rows, unit(call)) * token_blocks(call);
+    ends_.push_back(first_tasks);
     second_rows = std::max(second_rows, call.down.rows);
     cells += int64_t{call.down.cols} * static_cast<int64_t>(call.tokens.size());
     if (quantised(call.down)) bytes += int8_bytes(call.down, static_cast<int>(call.tokens.size()));
@@ -303,39 +339,47 @@ void CpuBackend::experts(int n, const float* x, std::span<const ExpertCall> call
   }
 
   pool_.parallel_for(first_tasks, [&](int task, int) {
-    const auto index = static_cast<size_t>(
-        std::upper_bound(task_ends_.begin(), task_ends_.end(), task) - task_ends_.begin());
+    const auto [index, part] = find_part(task);
     const ExpertCall& call = calls[index];
-    const int tokens = static_cast<int>(call.tokens.size()), width = call.gate.rows;
-    const int begin = (index > 0 ? task - task_ends_[index - 1] : task) * unit(call);
-    const int end = std::min(begin + unit(call), width);
-    float* gate = gates + offsets_[index];
-    float* up = ups + offsets_[index];
-    multiply({&call.gate, begin, end, tokens, call.tokens.data(), nullptr, gate, width, false}, x);
-    multiply({&call.up, begin, end, tokens, call.tokens.data(), nullptr, up, width, false}, x);
+    const int blocks = token_blocks(call), width = call.gate.rows;
+    const int begin = part / blocks * unit(call), end = std::min(begin + unit(call), width);
+    const int first = part % blocks * kTaskTokens;
+    const int tokens = std::min(static_cast<int>(call.tokens.size()) - first, kTaskTokens);
+    float* gate = gates + offsets_[index] + int64_t{first} * width;
+    float* up = ups + offsets_[index] + int64_t{first} * width;
+    const int32_t* inputs = call.tokens.data() + first;
+    multiply({&call.gate, begin, end, tokens, inputs, nullptr, gate, width, false}, x);
+    multiply({&call.up, begin, end, tokens, inputs, nullptr, up, width, false}, x);
     for (int t = 0; t < tokens; ++t) {
-      const int64_t row = int64_t{t} * width;
-      kernels_.swiglu(end - begin, gate + row + begin, up + row + begin);
+      float* row = gate + int64_t{t} * width;
+      kernels_.swiglu(end - begin, row + begin, up + int64_t{t} * width + begin);
       if (quantised(call.down)) {
         const int group = call.down.group;
-        kernels_.quantise(gate + row, t, begin / group, end / group, down_inputs_[index]);
+        kernels_.quantise(row, first + t, begin / group, end / group, down_inputs_[index]);
       }
     }
   });
 
-  const int64_t average = std::max<int64_t>(1, cells / static_cast<int64_t>(calls.size()));
-  const int step = task_rows(int64_t{second_rows} * static_cast<int64_t>(calls.size()),
-                             static_cast<int>(std::min<int64_t>(average, INT32_MAX)), 1);
-  const int per_call = divide_up(second_rows, step);
-  pool_.parallel_for(per_call * static_cast<int>(calls.size()), [&](int task, int) {
-    const size_t index = static_cast<size_t>(task / per_call);
+  int most = 0;
+  for (const ExpertCall& call : calls) most = std::max(most, static_cast<int>(call.tokens.size()));
+  const auto count = static_cast<int64_t>(calls.size());
+  const int step = task_rows(second_rows * count, cells / count, most);
+  ends_.clear();
+  for (const ExpertCall& call : calls) {
+    ends_.push_back((ends_.empty() ? 0 : ends_.back()) +
+                    divide_up(call.down.rows, step) * token_blocks(call));
+  }
+  const int32_t* every = every_token(most);
+  pool_.parallel_for(ends_.back(), [&](int task, int) {
+    const auto [index, part] = find_part(task);
     const ExpertCall& call = calls[index];
-    const int begin = task % per_call * step, end = std::min(begin + step, call.down.rows);
-    const Rows rows = {&call.down, begin,
-                       end,        static_cast<int>(call.tokens.size()),
-                       nullptr,    call.out_rows.data(),
-                       call.out,   call.down.rows,
-                       false};
+    const int blocks = token_blocks(call);
+    const int begin = part / blocks * step, end = std::min(begin + step, call.down.rows);
+    const int first = part % blocks * kTaskTokens;
+    const int tokens = std::min(static_cast<int>(call.tokens.size()) - first, kTaskTokens);
+    const Rows rows = {&call.down, begin,          end,
+                       tokens,     every + first,  call.out_rows.data() + first,
+                       call.out,   call.down.rows, false};
     if (quantised(call.down)) {
       kernels_.matmul_int8(rows, down_inputs_[index]);
     } else {

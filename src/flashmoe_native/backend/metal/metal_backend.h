@@ -1,5 +1,4 @@
-// The Metal backend: each operation is one or two dispatches of the kernels in metal/, encoded into
-// a command buffer that finish() commits and waits for.
+// The Metal backend: plans, encoded into command buffers that finish() commits and waits for.
 #pragma once
 
 #include <memory>
@@ -12,7 +11,7 @@ namespace flashmoe {
 // `kernels` is the directory of the .metal files, which are compiled here. With `overlap` experts
 // are computed as soon as they are asked for, beside the reads of others; else all experts of a
 // layer together when they have been read, for on Apple GPU and SSD share the memory's bandwidth.
-// Throws DeviceError where there is no GPU, or Metal's compiler refuses a kernel.
+// Throws DeviceError where there is no GPU of Apple silicon, or Metal's compiler refuses a kernel.
 std::unique_ptr<Backend> make_metal_backend(const std::string& kernels, bool overlap);
 
 }  // namespace flashmoe

@@ -3,26 +3,18 @@
 
 #import <Metal/Metal.h>
 
-#include <array>
 #include <cstdint>
 #include <map>
 #include <string>
 #include <utility>
 
-#include "arguments.h"
+#include "backend/launch/plan.h"
 #include "backend/metal/owned.h"
 
 namespace flashmoe {
 
-#define FLASHMOE_KERNEL(name) name,
-enum class Kernel { FLASHMOE_KERNELS(FLASHMOE_KERNEL) };
-#undef FLASHMOE_KERNEL
-
 class Pipelines {
  public:
-  // Values by shaders::FunctionConstant; a kernel ignores those that it does not declare.
-  using Constants = std::array<uint32_t, shaders::kFunctionConstants>;
-
   // Compiles the .metal files of a directory. Throws DeviceError with the compiler's message.
   Pipelines(id<MTLDevice> device, const std::string& directory);
 

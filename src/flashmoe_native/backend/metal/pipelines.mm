@@ -5,18 +5,11 @@
 #include <fstream>
 #include <set>
 
+#include "backend/metal/newer.h"
 #include "core/error.h"
 
 namespace flashmoe {
 namespace {
-
-#define FLASHMOE_KERNEL(name) #name,
-constexpr const char* kNames[] = {FLASHMOE_KERNELS(FLASHMOE_KERNEL)};
-#undef FLASHMOE_KERNEL
-
-std::string name_of(Kernel kernel) {
-  return kNames[static_cast<size_t>(kernel)];
-}
 
 std::string message(NSError* error) {
   return [[error localizedDescription] UTF8String];
@@ -58,7 +51,16 @@ std::string read_kernels(const std::string& directory) {
 Pipelines::Pipelines(id<MTLDevice> device, const std::string& directory) : device_(device) {
   const std::string text = read_kernels(directory);
   const auto options = Owned<MTLCompileOptions*>::adopt([[MTLCompileOptions alloc] init]);
-  [options.get() setFastMathEnabled:NO];  // RoPE and softmax rely on exact sin, cos and exp
+  // One language for all systems: a newer one may bring names that the kernels have.
+  [options.get() setLanguageVersion:MTLLanguageVersion3_0];
+  // RoPE and softmax rely on exact sin, cos and exp.
+  if ([options.get() respondsToSelector:@selector(setMathMode:)]) {
+    constexpr NSInteger kSafe = 0, kPrecise = 1;
+    [(id<NewerMTLCompileOptions>)options.get() setMathMode:kSafe];
+    [(id<NewerMTLCompileOptions>)options.get() setMathFloatingPointFunctions:kPrecise];
+  } else {
+    [options.get() setFastMathEnabled:NO];
+  }
   NSError* error = nil;
   library_ = Owned<id<MTLLibrary>>::adopt([device_
       newLibraryWithSource:[NSString stringWithUTF8String:text.c_str()]
@@ -69,7 +71,7 @@ Pipelines::Pipelines(id<MTLDevice> device, const std::string& directory) : devic
 
 Owned<id<MTLComputePipelineState>> Pipelines::make(Kernel kernel,
                                                    const Constants& constants) const {
-  const std::string what = "Metal: kernel " + name_of(kernel) + ": ";
+  const std::string what = std::string("Metal: kernel ") + name_of(kernel) + ": ";
   const auto values =
       Owned<MTLFunctionConstantValues*>::adopt([[MTLFunctionConstantValues alloc] init]);
   for (size_t index = 0; index < constants.size(); ++index) {
@@ -77,7 +79,7 @@ Owned<id<MTLComputePipelineState>> Pipelines::make(Kernel kernel,
   }
   NSError* error = nil;
   const auto function = Owned<id<MTLFunction>>::adopt([library_.get()
-      newFunctionWithName:[NSString stringWithUTF8String:name_of(kernel).c_str()]
+      newFunctionWithName:[NSString stringWithUTF8String:name_of(kernel)]
            constantValues:values.get()
                     error:&error]);
   if (!function) throw DeviceError(what + message(error));
@@ -98,8 +100,9 @@ id<MTLComputePipelineState> Pipelines::get(Kernel kernel, const Constants& const
   if (!pipeline) pipeline = make(kernel, constants);
   const NSUInteger most = [pipeline.get() maxTotalThreadsPerThreadgroup];
   if (threads > most) {
-    throw DeviceError("Metal: kernel " + name_of(kernel) + " needs " + std::to_string(threads) +
-                      " threads a threadgroup; this GPU allows " + std::to_string(most));
+    throw DeviceError(std::string("Metal: kernel ") + name_of(kernel) + " needs " +
+                      std::to_string(threads) + " threads a threadgroup; this GPU allows " +
+                      std::to_string(most));
   }
   return pipeline.get();
 }

@@ -36,24 +36,19 @@ struct Index {
 };
 inline constexpr Index index{};
 
-// Checks and returns the address bound at an index; ends the dispatch with an error otherwise.
-void* bound(int at, size_t size, size_t alignment);
+// The struct that is bound; ends the dispatch with an error where it has fewer than `size` bytes.
+const void* arguments(size_t size);
 
 struct Argument {
-  int at;
   template <class T>
-  operator T*() const {
-    return static_cast<T*>(bound(at, 0, alignof(T)));
-  }
-  template <class T, class = std::enable_if_t<!std::is_pointer_v<T>>>
-  operator T&() const {
-    return *static_cast<T*>(bound(at, sizeof(T), alignof(T)));
+  operator const T&() const {
+    return *static_cast<const T*>(arguments(sizeof(T)));
   }
 };
-struct Arguments {
-  constexpr Argument operator[](int at) const { return {at}; }
+struct Bound {
+  constexpr Argument operator[](int) const { return {}; }
 };
-inline constexpr Arguments arguments{};
+inline constexpr Bound bound{};
 
 enum Quantity { kPositionInGrid, kGroupInGrid, kIndexInGroup, kSimdgroup, kLane };
 unsigned place(int quantity, int axis);
@@ -97,6 +92,7 @@ class ThreadgroupArray {
 // The library's kernels, up to one without a name.
 struct Kernel {
   const char* name;
+  unsigned threads;  // of a threadgroup, at most
   void (*run)();
 };
 extern const Kernel kernels[];

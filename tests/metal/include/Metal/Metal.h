@@ -1,5 +1,5 @@
 // The part of Apple's Metal API that flashmoe uses, declared as Apple declares it, so that the host
-// code compiles where there is no Metal. tests/test_metal_host.py compares every declaration with
+// code compiles where there is no Metal. tests/metal/test_host.py compares every declaration with
 // tables that Apple's compiler made.
 #pragma once
 
@@ -18,6 +18,25 @@ typedef NS_OPTIONS(NSUInteger, MTLResourceOptions) {
   MTLResourceStorageModeShared = 0,
 };
 
+typedef NS_OPTIONS(NSUInteger, MTLResourceUsage) {
+  MTLResourceUsageRead = 1,
+  MTLResourceUsageWrite = 2,
+};
+
+typedef NS_ENUM(NSInteger, MTLGPUFamily) {
+  MTLGPUFamilyApple7 = 1007,
+  MTLGPUFamilyMetal3 = 5001,
+};
+
+typedef NS_ENUM(NSUInteger, MTLLanguageVersion) {
+  MTLLanguageVersion3_0 = 196608,
+};
+
+typedef NS_ENUM(NSUInteger, MTLCommandBufferError) {
+  MTLCommandBufferErrorTimeout = 2,
+  MTLCommandBufferErrorOutOfMemory = 8,
+};
+
 typedef NS_ENUM(NSUInteger, MTLDataType) {
   MTLDataTypeUInt = 33,
 };
@@ -31,7 +50,14 @@ typedef NS_ENUM(NSUInteger, MTLCommandBufferStatus) {
   MTLCommandBufferStatusError = 5,
 };
 
-@protocol MTLBuffer <NSObject>
+@protocol MTLResource <NSObject>
+@end
+
+@protocol MTLBuffer <MTLResource>
+@property(readonly) uint64_t gpuAddress;
+@end
+
+@protocol MTLFence <NSObject>
 @end
 
 @protocol MTLFunction <NSObject>
@@ -39,6 +65,7 @@ typedef NS_ENUM(NSUInteger, MTLCommandBufferStatus) {
 
 @interface MTLCompileOptions : NSObject
 - (void)setFastMathEnabled:(BOOL)enabled;
+- (void)setLanguageVersion:(MTLLanguageVersion)version;
 @end
 
 @interface MTLFunctionConstantValues : NSObject
@@ -63,7 +90,11 @@ typedef NS_ENUM(NSUInteger, MTLCommandBufferStatus) {
 @protocol MTLComputeCommandEncoder <MTLCommandEncoder>
 - (void)setComputePipelineState:(id<MTLComputePipelineState>)state;
 - (void)setBytes:(const void*)bytes length:(NSUInteger)length atIndex:(NSUInteger)index;
-- (void)setBuffer:(id<MTLBuffer>)buffer offset:(NSUInteger)offset atIndex:(NSUInteger)index;
+- (void)useResources:(const id<MTLResource>[])resources
+               count:(NSUInteger)count
+               usage:(MTLResourceUsage)usage;
+- (void)waitForFence:(id<MTLFence>)fence;
+- (void)updateFence:(id<MTLFence>)fence;
 - (void)dispatchThreadgroups:(MTLSize)threadgroups threadsPerThreadgroup:(MTLSize)threads;
 @end
 
@@ -84,7 +115,10 @@ typedef NS_ENUM(NSUInteger, MTLCommandBufferStatus) {
 @property(readonly) uint64_t recommendedMaxWorkingSetSize;
 @property(readonly) NSUInteger currentAllocatedSize;
 @property(readonly) NSUInteger maxBufferLength;
+@property(readonly) BOOL hasUnifiedMemory;
+- (BOOL)supportsFamily:(MTLGPUFamily)family;
 - (id<MTLCommandQueue>)newCommandQueue;
+- (id<MTLFence>)newFence;
 - (id<MTLBuffer>)newBufferWithBytesNoCopy:(void*)pointer
                                    length:(NSUInteger)length
                                   options:(MTLResourceOptions)options

@@ -23,7 +23,10 @@
 
 @interface NSError : NSObject
 @property(readonly, copy) NSString* localizedDescription;
+@property(readonly) NSInteger code;
 @end
+
+extern "C" Class NSClassFromString(NSString* name);
 
 @interface NSAutoreleasePool : NSObject
 @end
