@@ -10,6 +10,8 @@
 #include <atomic>
 #include <chrono>
 #include <cstring>
+#include <functional>
+#include <memory>
 #include <new>
 #include <optional>
 #include <system_error>
@@ -419,6 +421,18 @@ void translate(const char* name) {
       const_cast<char*>(name));
 }
 
+// A Python function to be called, and dropped, by threads that have not the GIL.
+std::function<bool(int64_t)> callable(const nb::callable& function) {
+  const std::shared_ptr<nb::callable> kept(new nb::callable(function), [](nb::callable* last) {
+    const nb::gil_scoped_acquire gil;
+    delete last;
+  });
+  return [kept](int64_t bytes) {
+    const nb::gil_scoped_acquire gil;
+    return nb::cast<bool>((*kept)(bytes));
+  };
+}
+
 // Before the interpreter ends; see core/process.h. Ctrl-C ends the wait.
 void end_program() {
   end_calls();
@@ -517,9 +531,11 @@ void bind_engine(nb::module_& m) {
           [](Engine* self, const nb::dict& config, const CheckpointSpec& checkpoint,
              const char* backend, const char* precision, int threads, int64_t cache_bytes,
              int chunk, const char* kernels, bool overlap,
+             const std::optional<nb::callable>& may_grow,
              const std::optional<nb::callable>& progress) {
-            const Engine::Options options{backend, precision, threads, cache_bytes,
-                                          chunk,   kernels,   overlap};
+            const Engine::Options options{
+                backend, precision, threads, cache_bytes,
+                chunk,   kernels,   overlap, may_grow ? callable(*may_grow) : nullptr};
             const ModelConfig parsed = to_config(config);
             require(static_cast<size_t>(parsed.layers()) == checkpoint.experts.size(),
                     "Engine: experts of every layer are needed");
@@ -538,7 +554,7 @@ void bind_engine(nb::module_& m) {
           },
           "config"_a, "checkpoint"_a, nb::kw_only(), "backend"_a = "cpu", "precision"_a = "int8",
           "threads"_a = 1, "cache_bytes"_a = 0, "chunk"_a = 256, "kernels"_a = "",
-          "overlap"_a = false, "progress"_a = nb::none())
+          "overlap"_a = false, "may_grow"_a = nb::none(), "progress"_a = nb::none())
       .def_prop_ro("backend", [](const Engine& self) { return self.backend(); })
       .def(
           "new_state",
