@@ -132,7 +132,8 @@ class Model:
             cache_bytes=cache_bytes,
             chunk=prompt_chunk(config, experts, available),
             overlap=overlap,
-            reserve=max(available - planned, _LEAST_RESERVE),
+            # Half of what was not planned for: two programs do not plan the same memory.
+            reserve=max(min(available * 15 // 100, (available - planned) // 2), _LEAST_RESERVE),
         )
         self._engine = open_engine(checkpoint, self.setting, progress)
         self._native = self._engine.native
