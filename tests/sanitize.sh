@@ -7,15 +7,20 @@ cd "$(dirname "$0")/.."
 mkdir -p "$1"
 build=$(cd "$1" && pwd)
 python=$(command -v python3)
-cmake -S . -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFLASHMOE_SANITIZE=ON \
-  -DFLASHMOE_NATIVE_TESTS=ON -DFLASHMOE_WERROR=ON -DPython_EXECUTABLE="$python" >"$build.log"
-cmake --build "$build" -j 2
-rm -rf "$build/site"
-mkdir "$build/site"
-cp -r src/flashmoe "$build/site/"
-rm -f "$build/site/flashmoe/"_native*.so
-cp "$build"/_native*.so "$build/site/flashmoe/"
 
+# The package in DIRECTORY/site, with its native core built with SANITIZERS.
+build_with() {
+  cmake -S . -B "$1" -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFLASHMOE_SANITIZE="$2" \
+    -DFLASHMOE_NATIVE_TESTS=ON -DFLASHMOE_WERROR=ON -DPython_EXECUTABLE="$python" >"$1.log"
+  cmake --build "$1" -j 2
+  rm -rf "$1/site"
+  mkdir "$1/site"
+  cp -r src/flashmoe "$1/site/"
+  rm -f "$1/site/flashmoe/"_native*.so
+  cp "$1"/_native*.so "$1/site/flashmoe/"
+}
+
+build_with "$build" address,undefined
 export UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$build/site
 "$build/kernels_test"
 runtime=$(${CXX:-c++} -print-file-name=libasan.so):$(${CXX:-c++} -print-file-name=libubsan.so)
@@ -25,3 +30,13 @@ runtime=$runtime:$(${CXX:-c++} -print-file-name=libstdc++.so)
 # a sanitizer's last words go straight to the terminal.
 LD_PRELOAD=$runtime ASAN_OPTIONS=detect_leaks=0 "$python" -m pytest --capture=sys \
   -k "not killed and not memory" tests/test_{ops,quantize,determinism,read_errors,state,interface,pack}.py
+# Damaged inputs and faults, with every buffer of the engine as long as it was asked for.
+LD_PRELOAD=${runtime//:/ } ASAN_OPTIONS=detect_leaks=0 "$python" tests/campaign/run.py \
+  --inputs 540 --faults 0 --interrupts 12 --kills 0
+
+# Threads that generate, save and close one model. ThreadSanitizer wants addresses that are not too random.
+build_with "$build-thread" thread
+$python benchmarks/make_checkpoint.py "$build-thread/model" --preset tiny >/dev/null
+LD_PRELOAD=$(${CXX:-c++} -print-file-name=libtsan.so) PYTHONPATH=$build-thread/site \
+  TSAN_OPTIONS="ignore_noninstrumented_modules=1" setarch -R \
+  "$python" tests/campaign/threads.py "$build-thread/model" 6

@@ -148,3 +148,47 @@ def test_threads_on_one_model_get_the_tokens_they_would_get_alone(model) -> None
     for thread in threads:
         thread.join()
     assert answers == expected
+
+
+def test_the_cache_grows_in_steps_while_memory_lasts(checkpoint, monkeypatch, caplog) -> None:
+    """As where another program takes what was there when the model was opened."""
+    from flashmoe.machine import probe  # noqa: PLC0415
+
+    left = [10 << 30]
+    monkeypatch.setattr(probe, "available_memory", lambda: left[0])
+    with flashmoe.Model(checkpoint("mlx-4"), cache="1GB", threads=1) as model:
+        expected = _ids(model, PROMPT, 6)
+        whole = model.stats.cache_bytes
+    with flashmoe.Model(checkpoint("mlx-4"), cache="1GB", threads=1) as model:
+        least = model.stats.cache_bytes
+        assert least < whole  # as much as there are experts, of which not all are used yet
+        left[0] = 1 << 20
+        assert _ids(model, PROMPT, 6) == expected
+        assert _ids(model, PROMPT, 6) == expected
+        assert model.stats.cache_bytes == least
+    assert [r.message for r in caplog.records if "stays smaller than planned" in r.message]
+
+
+def test_a_context_that_is_asked_for_has_its_place_in_the_plan(checkpoint, monkeypatch) -> None:
+    from flashmoe.machine import probe  # noqa: PLC0415
+
+    directory = checkpoint("mlx-4")
+    with flashmoe.Model(directory, cache=0, threads=1) as model:
+        resident = int(model._native.stats()["resident_bytes"])
+    monkeypatch.setattr(probe, "available_memory", lambda: resident + 100_000)
+    flashmoe.Model(directory, context=64, cache=0, threads=1).close()
+    with pytest.raises(flashmoe.ArgumentError, match="the context that was asked for"):
+        flashmoe.Model(directory, context=4096, cache=0, threads=1)
+
+
+def test_where_another_model_is_open_it_is_named(checkpoint, monkeypatch) -> None:
+    from flashmoe.machine import probe  # noqa: PLC0415
+
+    with flashmoe.Model(checkpoint("mlx-4"), cache=0, threads=1) as first:
+        monkeypatch.setattr(probe, "available_memory", lambda: 1000)
+        with pytest.raises(flashmoe.ArgumentError) as raised:
+            flashmoe.Model(checkpoint("mlx-4"), threads=1)
+        assert f"this process has {first.source} open: close()" in str(raised.value)
+    with pytest.raises(flashmoe.ArgumentError) as raised:
+        flashmoe.Model(checkpoint("mlx-4"), threads=1)
+    assert "this process has" not in str(raised.value)

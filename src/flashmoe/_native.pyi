@@ -74,7 +74,8 @@ class Engine:
 
     config holds ModelConfig's fields and `experts_per_token`, the number in force. progress is
     called with (bytes read, bytes in all) while weights are loaded. kernels is the directory of a
-    GPU's kernels; with overlap it computes experts beside the reads of others. Raises ReadError,
+    GPU's kernels; with overlap it computes experts beside the reads of others. may_grow is asked
+    whether the cache of experts may take so many bytes more, until it says no. Raises ReadError,
     CheckpointError (a weight is infinite or NaN), DeviceError, KeyboardInterrupt.
     """
 
@@ -90,6 +91,7 @@ class Engine:
         chunk: int = 256,
         kernels: str = "",
         overlap: bool = False,
+        may_grow: Callable[[int], bool] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None: ...
     @property

@@ -44,7 +44,7 @@ def _restart_with_shim() -> None:
         compiler = os.environ.get("CC", "cc")
         command = [compiler, "-shared", "-fPIC", "-O2", str(HERE / "shim.c"), "-o", str(shim)]
         subprocess.run([*command, "-ldl"], check=True)
-        preload = " ".join(filter(None, (str(shim), os.environ.get("LD_PRELOAD"))))
+        preload = " ".join(filter(None, (os.environ.get("LD_PRELOAD"), str(shim))))
         environment = os.environ | {"LD_PRELOAD": preload, "FLASHMOE_CAMPAIGN": "1"}
         program = [sys.executable, *sys.argv]
         sys.exit(subprocess.run(program, check=False, env=environment).returncode)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Annotated, Any
@@ -31,8 +32,19 @@ class Commands(TyperGroup):
             raise typer.Exit(EXIT_INTERRUPTED) from None
         except BrokenPipeError:
             # Who read the output has gone, as `head` does. Python would complain when it flushes.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _drop_output()
             raise typer.Exit(EXIT_PIPE) from None
+        except OSError as error:  # of printing: what reads and writes files has its own errors
+            _drop_output()
+            where = error.filename or "standard output"
+            typer.secho("error: ", err=True, fg="red", bold=True, nl=False)
+            typer.echo(f"{where}: cannot be written: {error.strerror or error}", err=True)
+            raise typer.Exit(EXIT_ERROR) from None
+
+
+def _drop_output() -> None:
+    """What is still to be flushed goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 app = typer.Typer(
@@ -46,6 +58,14 @@ app = typer.Typer(
 
 def main() -> None:
     """The `flashmoe` program."""
+    # A stream that is closed is None to Python.
+    sys.stdin = sys.stdin or io.StringIO()
+    sys.stdout = sys.stdout or io.StringIO()
+    sys.stderr = sys.stderr or io.StringIO()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal that lacks a character of the answer shows another in its place.
+            stream.reconfigure(errors="replace")
     app(prog_name="flashmoe")
 
 

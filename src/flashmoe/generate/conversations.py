@@ -6,12 +6,13 @@ snapshot costs is its recurrent states: keys and values it shares with the other
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from flashmoe.machine.lock import Lock
 
 if TYPE_CHECKING:
     from flashmoe import _native
@@ -33,7 +34,7 @@ class Snapshot:
     native: _native.State
     ids: bytes
     used: int = 0
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _lock: Lock = field(default_factory=Lock)
 
     def fork(self) -> _native.State:
         """A state of its own for a sequence that goes on from here."""
@@ -61,9 +62,7 @@ class Conversations:
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
-        # A call may be made in the middle of another one of its thread, by the garbage collector
-        # when it ends an answer that nobody reads: what is iterated over is copied first.
-        self._lock = threading.RLock()
+        self._lock = Lock()
         self._by_ids: dict[bytes, Snapshot] = {}
         self._clock = 0
 

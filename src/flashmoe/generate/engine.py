@@ -38,6 +38,8 @@ class Setting:
     cache_bytes: int
     chunk: int
     overlap: bool = False
+    reserve: int = 0
+    """Bytes of memory to leave to others: where they are reached the cache does not grow."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +115,7 @@ def _load(
             chunk=setting.chunk,
             kernels=str(kernel_sources()),
             overlap=setting.overlap,
+            may_grow=functools.partial(_may_grow, checkpoint.source, setting.reserve),
             progress=progress,
         )
     except MemoryError:
@@ -122,3 +125,18 @@ def _load(
             f"{probe.available_memory() / 1e9:.1f} GB are available: give a smaller cache, and see "
             "what 'flashmoe info' says"
         ) from None
+
+
+def _may_grow(source: str, reserve: int, nbytes: int) -> bool:
+    """Whether the machine can spare so many bytes more for a cache of experts."""
+    left = probe.available_memory()
+    if left - nbytes >= reserve:
+        return True
+    log.warning(
+        "%s: the cache of experts stays smaller than planned: %.2f GB of memory are left, and "
+        "%.2f are kept for others",
+        source,
+        left / 1e9,
+        reserve / 1e9,
+    )
+    return False

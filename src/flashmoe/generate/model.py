@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import time
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,13 @@ from flashmoe.generate.steps import Tokens, Work
 from flashmoe.generate.text import TextStream
 from flashmoe.generate.tools import chosen, tools_of
 from flashmoe.machine import probe
-from flashmoe.machine.budget import check_room, default_cache, parse_bytes, prompt_chunk
+from flashmoe.machine.budget import (
+    check_room,
+    context_bytes,
+    default_cache,
+    parse_bytes,
+    prompt_chunk,
+)
 
 if TYPE_CHECKING:
     import tokenizers
@@ -45,6 +52,8 @@ log = logging.getLogger("flashmoe")
 PRECISIONS = ("int8", "float32")
 BACKENDS = ("auto", "cpu", "metal")
 MAX_THREADS = 1024
+_LEAST_RESERVE = 256 << 20  # bytes of memory that a cache never grows into
+_open_models: weakref.WeakSet[Model] = weakref.WeakSet()
 
 
 class Model:
@@ -107,9 +116,14 @@ class Model:
         self.context = context or limit
         experts = config.experts_in_force(experts_per_token)
         available = probe.available_memory()
-        if cache_bytes is None:
-            cache_bytes = default_cache(checkpoint, available)
-        check_room(checkpoint, cache_bytes, available)
+        # A context that is asked for is meant to be used: its keys and values have their place.
+        keys = 0 if context is None else context_bytes(config, context, precision)
+        try:
+            if cache_bytes is None:
+                cache_bytes = default_cache(checkpoint, available - keys)
+            planned = check_room(checkpoint, cache_bytes, available, keys)
+        except ArgumentError as error:
+            raise ArgumentError(f"{error}{_also_open()}") from None
         self.sampling = self._default_sampling()
         self.setting = Setting(
             experts_per_token=experts,
@@ -119,6 +133,8 @@ class Model:
             cache_bytes=cache_bytes,
             chunk=prompt_chunk(config, experts, available),
             overlap=overlap,
+            # Half of what was not planned for: two programs do not plan the same memory.
+            reserve=max(min(available * 15 // 100, (available - planned) // 2), _LEAST_RESERVE),
         )
         self._engine = open_engine(checkpoint, self.setting, progress)
         self._native = self._engine.native
@@ -128,6 +144,7 @@ class Model:
             available // 10 if conversations is None else parse_bytes(conversations)
         )
         self._closed = False
+        _open_models.add(self)
         self.backend = self._native.backend
         self._totals: Mapping[str, float] = self._native.stats()
         self._meter = Meter(self._totals)
@@ -165,6 +182,7 @@ class Model:
         with contextlib.suppress(StateError):  # the program ends
             self._native.close()
         self._closed = True
+        _open_models.discard(self)
         self._conversations.clear()
 
     @property
@@ -563,6 +581,14 @@ class Model:
 def _variables(given: Mapping[str, Any] | None, think: bool | None) -> dict[str, Any]:
     """A template's variables, with the family's word for thinking."""
     return dict(given or {}) | ({} if think is None else {"enable_thinking": think})
+
+
+def _also_open() -> str:
+    """What to say of models that this process has open, where another finds no room."""
+    sources = sorted(model.source for model in _open_models)
+    if not sources:
+        return ""
+    return f"; this process has {', '.join(sources)} open: close() what is not needed first"
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import re
-import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from flashmoe.generate.answer import Answer
 from flashmoe.generate.dialect import END_THINK, Dialect
 from flashmoe.generate.messages import prepare
 from flashmoe.generate.tools import ToolSpec
+from flashmoe.machine.lock import Lock
 
 _REMEMBERED_BYTES = 64 << 20
 _NEAR = 8  # tokens: a mark so near behind another is not worth a pass of its own
@@ -271,7 +271,7 @@ class _Recent(Generic[_Value]):
         self._limit = limit
         self._bytes = 0
         self._values: OrderedDict[bytes, _Value] = OrderedDict()
-        self._lock = threading.RLock()  # the garbage collector may end an answer in any call
+        self._lock = Lock()
 
     def __len__(self) -> int:
         return len(self._values)

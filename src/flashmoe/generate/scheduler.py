@@ -6,7 +6,6 @@ they ask, a pass each: a token, or a chunk of a prompt.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flashmoe import _native
+from flashmoe.machine.lock import Lock
 
 WAIT = 2.0
 """Seconds that a request waits at most between two tokens because of others' prompts."""
@@ -122,7 +122,7 @@ class Scheduler:
     def __init__(self, native: _native.Engine, chunk: int) -> None:
         self.native = native
         self.chunk = chunk
-        self._lock = threading.RLock()  # the garbage collector may end a request in any call
+        self._lock = Lock()
         self._requests: set[Request] = set()
         self._times = PassTimes()
 

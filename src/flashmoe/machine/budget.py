@@ -32,18 +32,31 @@ def cache_for(resident: int, experts: int, available: int, *, on_mac: bool) -> i
     return 0 if on_mac else left
 
 
-def check_room(checkpoint: Checkpoint, cache: int, available: int) -> None:
-    """Raises ArgumentError where resident weights and a cache of so many bytes cannot fit.
+def context_bytes(config: ModelConfig, tokens: int, precision: str) -> int:
+    """Bytes of the keys and values of so many tokens."""
+    layers = config.layer_types.count("full_attention")
+    row = config.num_key_value_heads * config.head_dim * (4 if precision == "float32" else 2)
+    return 2 * layers * row * tokens
+
+
+def check_room(checkpoint: Checkpoint, cache: int, available: int, keys: int = 0) -> int:
+    """Bytes of resident weights, a cache of so many bytes, and keys and values, which must fit.
 
     Memory is granted as it is first touched: without this the system would end the process later.
+    Raises ArgumentError where they do not fit.
     """
     resident, experts = _resident(checkpoint), min(cache, _slots_for_all(checkpoint))
-    if resident + experts <= available:
-        return
+    if resident + experts + keys <= available:
+        return resident + experts + keys
     needs = f"the weights that every token needs take {resident / 1e9:.2f} GB of memory"
     has = f"{available / 1e9:.2f} GB are available"
     if resident > available:
         raise ArgumentError(f"{needs}; {has}: end other programs, or take a model of fewer bits")
+    if resident + keys > available:
+        raise ArgumentError(
+            f"{needs} and the context that was asked for {keys / 1e9:.2f} GB more; {has}: ask for "
+            "a shorter context"
+        )
     raise ArgumentError(
         f"{needs} and the cache {experts / 1e9:.2f} GB more; {has}: give a smaller cache, or none "
         "to have one that fits"
@@ -87,4 +100,7 @@ def parse_bytes(size: int | str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)(I?)B?", str(size).strip().upper())
     if not isinstance(size, str) or match is None or (match[3] and not match[2]):
         raise ArgumentError(f'a size is bytes, 0 or more, or text such as "4GB"; got {size!r}')
-    return int(float(match[1]) * (_BINARY if match[3] else _UNITS)[match[2]])
+    nbytes = float(match[1]) * (_BINARY if match[3] else _UNITS)[match[2]]
+    if nbytes > 1e30:
+        raise ArgumentError(f"a size is at most 1e30 bytes; got {size[:40]!r}")
+    return int(nbytes)

@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -158,7 +158,8 @@ def _held(directory: Path) -> Iterator[Path]:
             f"{directory}: there is no memory to convert weights; give fewer threads"
         ) from None
     finally:
-        os.close(descriptor)
+        with suppress(OSError):  # every file is complete, and said to be
+            os.close(descriptor)
 
 
 class _Source:

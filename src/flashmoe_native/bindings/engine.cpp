@@ -10,6 +10,8 @@
 #include <atomic>
 #include <chrono>
 #include <cstring>
+#include <functional>
+#include <memory>
 #include <new>
 #include <optional>
 #include <system_error>
@@ -132,8 +134,8 @@ class SignalCheck {
   explicit SignalCheck(const Request* request = nullptr) : request_(request) {}
 
   void operator()() {
-    if (request_ && request_->cancelled) throw Stopped("the work was cancelled");
     require_running();
+    if (request_ && request_->cancelled) throw Stopped("the work was cancelled");
     const auto now = Clock::now();
     if (now - last_ < std::chrono::milliseconds(20)) return;
     last_ = now;
@@ -148,17 +150,17 @@ class SignalCheck {
 };
 
 // A call that uses an engine or a state of it. Waits for its turn without the GIL.
-class Use {
+class EngineCall {
  public:
-  explicit Use(Engine& engine, const Request* request = nullptr)
+  explicit EngineCall(Engine& engine, const Request* request = nullptr)
       : engine_(engine), turn_(take(engine, request)) {}
-  ~Use() {
+  ~EngineCall() {
     if (!engine_.close_asked()) return;
     const nb::gil_scoped_release release;
     engine_.close();
   }
-  Use(const Use&) = delete;
-  Use& operator=(const Use&) = delete;
+  EngineCall(const EngineCall&) = delete;
+  EngineCall& operator=(const EngineCall&) = delete;
 
  private:
   static Turn take(Engine& engine, const Request* request) {
@@ -178,7 +180,7 @@ void close(Engine& engine) {
   } else if (engine.turns().asked()) {
     engine.ask_to_close();
   } else {
-    const Use use(engine);
+    const EngineCall call(engine);
     const nb::gil_scoped_release release;
     engine.close();
   }
@@ -229,7 +231,7 @@ const char* numpy_dtype(DType dtype) {
 }
 
 nb::dict export_state(PyState& self) {
-  const Use use(self.engine);
+  const EngineCall call(self.engine);
   nb::dict result;
   for (const StateTensor& tensor : self.state.tensors(self.state.position())) {
     const std::vector<size_t> shape(tensor.shape.begin(), tensor.shape.end());
@@ -265,8 +267,8 @@ AnyArray checked_array(const nb::dict& tensors, const std::string& name, DType d
 
 // A state of `position` tokens with what export_state() gave, into a fresh state.
 void restore_state(PyState& self, int64_t position, const nb::dict& tensors) {
-  const PyState::Use hold(self);
-  const Use use(self.engine);
+  const PyState::Use use(self);
+  const EngineCall call(self.engine);
   require(self.state.position() == 0, "restore: the state is not a fresh one");
   require(position >= 0 && position <= INT32_MAX, "restore: position is not that of a state");
   std::vector<AnyArray> arrays;
@@ -295,7 +297,7 @@ void restore_state(PyState& self, int64_t position, const nb::dict& tensors) {
 
 // Dtype, as safetensors names it, and shape of the tensors that a state of so many tokens exports.
 nb::dict state_layout(Engine& engine, int64_t position) {
-  const Use use(engine);
+  const EngineCall call(engine);
   require(position >= 0, "state_layout: position is negative");
   nb::dict result;
   const auto add = [&](const std::string& name, DType dtype, const std::vector<int64_t>& shape) {
@@ -338,25 +340,24 @@ nb::object forward(Engine& engine, PyState& state, const Ids& ids, bool all_logi
     out.routing = reinterpret_cast<int32_t*>(data_of(experts));
   }
   const std::span<const int32_t> tokens(ids.data(), ids.shape(0));
-  const PyState::Use hold(state);
-  const Use use(engine, request);
+  const PyState::Use use(state);
+  const EngineCall call(engine, request);
   const int64_t before = state.state.position();
-  const auto start = std::chrono::steady_clock::now();
   try {
     const nb::gil_scoped_release release;
-    const auto check = [&engine, signals = SignalCheck(request)]() mutable {
+    const auto start = std::chrono::steady_clock::now();
+    engine.forward(state.state, tokens, out, [&engine, check = SignalCheck(request)]() mutable {
       if (engine.close_asked()) throw StateError("this model was closed in the middle of a call");
-      signals();
-    };
-    engine.forward(state.state, tokens, out, check);
+      check();
+    });
+    if (request) {
+      request->seconds =
+          std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    }
   } catch (...) {
     // Some chunks may be done, and nobody knows what they predict.
     if (state.state.position() != before) state.logits = nb::none();
     throw;
-  }
-  if (request) {
-    request->seconds =
-        std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   }
   if (all_logits) {
     std::memcpy(last_data, out.logits + (tokens.size() - 1) * vocab, vocab * sizeof(float));
@@ -366,7 +367,7 @@ nb::object forward(Engine& engine, PyState& state, const Ids& ids, bool all_logi
 }
 
 nb::dict statistics(Engine& engine) {
-  const Use use(engine);
+  const EngineCall call(engine);
   const Engine::Statistics now = engine.statistics();
   nb::dict result;
   result["reads"] = now.experts.reads;
@@ -387,7 +388,7 @@ nb::dict statistics(Engine& engine) {
 }
 
 nb::list layer_times(Engine& engine) {
-  const Use use(engine);
+  const EngineCall call(engine);
   nb::list result;
   for (const LayerTimes& times : engine.statistics().layers) {
     nb::dict layer;
@@ -419,6 +420,18 @@ void translate(const char* name) {
         }
       },
       const_cast<char*>(name));
+}
+
+// A Python function to be called, and dropped, by threads that have not the GIL.
+std::function<bool(int64_t)> callable(const nb::callable& function) {
+  const std::shared_ptr<nb::callable> kept(new nb::callable(function), [](nb::callable* last) {
+    const nb::gil_scoped_acquire gil;
+    delete last;
+  });
+  return [kept](int64_t bytes) {
+    const nb::gil_scoped_acquire gil;
+    return nb::cast<bool>((*kept)(bytes));
+  };
 }
 
 // Before the interpreter ends; see core/process.h. Ctrl-C ends the wait.
@@ -519,9 +532,11 @@ void bind_engine(nb::module_& m) {
           [](Engine* self, const nb::dict& config, const CheckpointSpec& checkpoint,
              const char* backend, const char* precision, int threads, int64_t cache_bytes,
              int chunk, const char* kernels, bool overlap,
+             const std::optional<nb::callable>& may_grow,
              const std::optional<nb::callable>& progress) {
-            const Engine::Options options{backend, precision, threads, cache_bytes,
-                                          chunk,   kernels,   overlap};
+            const Engine::Options options{
+                backend, precision, threads, cache_bytes,
+                chunk,   kernels,   overlap, may_grow ? callable(*may_grow) : nullptr};
             const ModelConfig parsed = to_config(config);
             require(static_cast<size_t>(parsed.layers()) == checkpoint.experts.size(),
                     "Engine: experts of every layer are needed");
@@ -540,12 +555,12 @@ void bind_engine(nb::module_& m) {
           },
           "config"_a, "checkpoint"_a, nb::kw_only(), "backend"_a = "cpu", "precision"_a = "int8",
           "threads"_a = 1, "cache_bytes"_a = 0, "chunk"_a = 256, "kernels"_a = "",
-          "overlap"_a = false, "progress"_a = nb::none())
+          "overlap"_a = false, "may_grow"_a = nb::none(), "progress"_a = nb::none())
       .def_prop_ro("backend", [](const Engine& self) { return self.backend(); })
       .def(
           "new_state",
           [](Engine& self) {
-            const Use use(self);
+            const EngineCall call(self);
             return new PyState(self, self.new_state());
           },
           nb::rv_policy::take_ownership, nb::keep_alive<0, 1>())

@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 #include <new>
 
 #include "core/round.h"
@@ -14,6 +16,7 @@ namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
 
+#ifndef __SANITIZE_ADDRESS__
 // What release() must unmap; it lies at the end of the page before the memory handed out.
 struct Mapping {
   void* base;
@@ -24,9 +27,20 @@ void release(std::byte* data) {
   const Mapping mapping = reinterpret_cast<Mapping*>(data)[-1];
   ::munmap(mapping.base, mapping.length);
 }
+#endif
 
 }  // namespace
 
+#ifdef __SANITIZE_ADDRESS__
+// Memory that ends where it was asked to, so that AddressSanitizer sees what goes past its end.
+Buffer allocate_pages(size_t bytes) {
+  void* data = nullptr;
+  const size_t alignment = static_cast<size_t>(::sysconf(_SC_PAGESIZE));
+  if (::posix_memalign(&data, alignment, std::max<size_t>(bytes, 1)) != 0) throw std::bad_alloc();
+  std::memset(data, 0, bytes);
+  return Buffer(static_cast<std::byte*>(data), [](std::byte* memory) { std::free(memory); });
+}
+#else
 Buffer allocate_pages(size_t bytes) {
   const size_t page = static_cast<size_t>(::sysconf(_SC_PAGESIZE));
   const size_t alignment = bytes >= kHugePage ? kHugePage : page;
@@ -43,6 +57,7 @@ Buffer allocate_pages(size_t bytes) {
   reinterpret_cast<Mapping*>(data)[-1] = {base, length};
   return Buffer(data, release);
 }
+#endif
 
 void* Scratch::reserve(size_t bytes) {
   if (bytes > capacity_) {

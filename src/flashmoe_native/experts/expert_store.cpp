@@ -20,6 +20,8 @@ constexpr int64_t kMaxGap = 4096;
 constexpr float kHalfLife = 64;
 constexpr float kPinned = std::numeric_limits<float>::infinity();
 constexpr float kEmpty = -1;
+// In which a cache grows to its full size.
+constexpr int kSteps = 16;
 
 const Format* formats(const ExpertsSpec& spec, int matrix) {
   const Format* all[] = {&spec.gate, &spec.up, &spec.down};
@@ -52,7 +54,8 @@ ExpertStore::ExpertStore(Backend& backend, IoQueue& io,
       files_(files),
       layers_(layers),
       alignment_(backend.weight_alignment()),
-      direct_(options.direct && can_read_direct(files, layers)) {
+      direct_(options.direct && can_read_direct(files, layers)),
+      may_grow_(options.may_grow) {
   int64_t largest = 0, total = 0, most = 0;
   for (const ExpertsSpec& spec : layers_) {
     const int experts = static_cast<int>(spec.extents.size()) / spec.parts();
@@ -70,11 +73,14 @@ ExpertStore::ExpertStore(Backend& backend, IoQueue& io,
   stride_ = round_up(largest, huge ? kHugePage : kPage);
   const int64_t wanted = std::max<int64_t>(options.min_slots, options.cache_bytes / stride_);
   slots_.resize(static_cast<size_t>(std::min(total, wanted)));
-  slab_ = backend.allocate(Memory::kSlots, static_cast<size_t>(slot_bytes()),
+  slab_ = backend.allocate(Memory::kSlots, static_cast<size_t>(stride_) * slots_.size(),
                            static_cast<size_t>(stride_));
   uses_.assign(static_cast<size_t>(total), 0);
   worth_.assign(slots_.size(), kEmpty);
-  unpinned_ = static_cast<int>(slots_.size());
+  const int all = static_cast<int>(slots_.size());
+  step_ = std::max(1, all / kSteps);
+  open_ = may_grow_ ? std::min(all, std::max(options.min_slots, step_)) : all;
+  unpinned_ = open_;
   // Room for all that these will ever hold, so that taking note of something never fails.
   for (std::vector<int>* list : {&ahead_, &ready_, &given_, &landed_}) list->reserve(slots_.size());
   arrived_.reserve(slots_.size());
@@ -217,10 +223,29 @@ void ExpertStore::read_backlog() {
   }
 }
 
+// An empty slot; else a new one, while there may be more; else the one least worth keeping. -1
+// where all are pinned.
+int ExpertStore::choose_slot() {
+  const auto least = std::min_element(worth_.begin(), worth_.begin() + open_);
+  if (*least != kEmpty && open_more()) return choose_slot();
+  return unpinned_ == 0 ? -1 : static_cast<int>(least - worth_.begin());
+}
+
+bool ExpertStore::open_more() {
+  const int more = std::min(step_, static_cast<int>(slots_.size()) - open_);
+  if (more == 0 || !may_grow_) return false;
+  if (!may_grow_(more * stride_)) {
+    may_grow_ = nullptr;
+    return false;
+  }
+  open_ += more;
+  unpinned_ += more;
+  return true;
+}
+
 bool ExpertStore::try_read(int layer, int expert, bool ahead) {
-  if (unpinned_ == 0) return false;
-  const int index =
-      static_cast<int>(std::min_element(worth_.begin(), worth_.end()) - worth_.begin());
+  const int index = choose_slot();
+  if (index < 0) return false;
   // What can fail comes first: a slot must never be said to hold what nobody reads.
   const Layout expert_layout = layout(layers_[layer], expert);
   std::vector<IoQueue::Task> reads;

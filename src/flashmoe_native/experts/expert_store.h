@@ -41,6 +41,10 @@ class ExpertStore {
     int64_t cache_bytes = 0;
     // Reads past the page cache where files allow it: what is in a slot is not there as well.
     bool direct = false;
+    // Asked whenever slots beyond the least are to be used for the first time: whether the machine
+    // can still spare so many bytes. Once it cannot, the cache stays as large as it is. Memory is
+    // granted as it is first touched, so that what others take meanwhile counts. Empty: always.
+    std::function<bool(int64_t bytes)> may_grow;
   };
 
   struct Statistics {
@@ -88,7 +92,7 @@ class ExpertStore {
 
   Statistics statistics() const;
   bool direct() const { return direct_; }
-  int64_t slot_bytes() const { return stride_ * static_cast<int64_t>(slots_.size()); }
+  int64_t slot_bytes() const { return stride_ * open_; }
 
  private:
   // Why a slot is pinned: start() asked for it, or read_ahead() did, or that turned out in vain.
@@ -120,6 +124,8 @@ class ExpertStore {
   std::byte* memory(int slot) const { return slab_.get() + stride_ * slot; }
   int64_t index(int layer, int expert) const { return layer_base_[layer] + expert; }
   int& slot_of(int layer, int expert) { return slot_of_[index(layer, expert)]; }
+  int choose_slot();
+  bool open_more();
   bool try_read(int layer, int expert, bool ahead);
   void read_backlog();
   // Whether reads wait for a slot.
@@ -151,7 +157,10 @@ class ExpertStore {
   // How much a slot is worth keeping: its expert's uses_, less than any where it is empty,
   // infinitely much where it is pinned.
   std::vector<float> worth_;
-  int unpinned_ = 0;
+  int unpinned_ = 0;  // of the open ones
+  int open_ = 0;      // slots that may be used: the first so many
+  int step_ = 1;      // slots to open at a time
+  std::function<bool(int64_t)> may_grow_;
 
   int layer_ = 0;
   std::vector<int32_t> backlog_;  // experts that wait for a slot, from backlog_at_ on

@@ -61,7 +61,8 @@ Engine::Engine(ModelConfig config, CheckpointSpec spec, const Options& options,
   const ExpertStore::Options experts = {
       .min_slots = std::max(2 * config_.experts_per_token, kReadsAtOnce),
       .cache_bytes = options_.cache_bytes,
-      .direct = options_.cache_bytes > 0};
+      .direct = options_.cache_bytes > 0,
+      .may_grow = options_.may_grow};
   store_ = std::make_unique<ExpertStore>(*backend_, *io_, files_, spec_.experts, experts);
   forward_ = std::make_unique<Forward>(*backend_, config_, *weights_, *store_, options_.chunk);
 }

@@ -33,6 +33,7 @@ class Engine {
     int chunk = 256;
     std::string kernels;   // where the sources of a GPU's kernels are
     bool overlap = false;  // a GPU computes experts beside the reads of others
+    std::function<bool(int64_t bytes)> may_grow;  // see ExpertStore
   };
 
   struct Statistics {
