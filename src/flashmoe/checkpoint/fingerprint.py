@@ -11,19 +11,24 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from flashmoe.checkpoint.table import FLOAT_BYTES, Extents, Format
+from flashmoe.checkpoint.config import ModelConfig
+from flashmoe.checkpoint.table import (
+    FLOAT_BYTES,
+    Extents,
+    Format,
+    StoredExperts,
+    StoredMatrix,
+    StoredVector,
+)
 from flashmoe.errors import ReadError
-
-if TYPE_CHECKING:
-    from flashmoe.checkpoint.open import Checkpoint
 
 SAMPLE = 4096
 EXPERTS = 64
@@ -37,30 +42,42 @@ class _Sample(NamedTuple):
     used: Callable[[bytes], bytes]  # from how it is stored to how it is used
 
 
-def fingerprint(checkpoint: Checkpoint) -> str:
-    """64 hexadecimal digits.
+def fingerprint(
+    config: ModelConfig,
+    files: Sequence[Path],
+    matrices: Mapping[str, StoredMatrix],
+    vectors: Mapping[str, StoredVector],
+    experts: Sequence[StoredExperts],
+) -> str:
+    """64 hexadecimal digits, of what a `Checkpoint` holds under these names.
 
     Raises:
         ReadError: a file cannot be read, or ends early.
     """
-    config = dataclasses.asdict(checkpoint.config)
-    del config["quantization"]  # says how the bits are named, and formats are hashed below
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    samples = sorted(_samples(checkpoint), key=lambda sample: sample.name)
+    values = dataclasses.asdict(config)
+    del values["quantization"]  # says how the bits are named, and formats are hashed below
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode())
+    found = _samples(matrices, vectors, experts, config.num_experts)
+    samples = sorted(found, key=lambda sample: sample.name)
     with ExitStack() as stack:
-        files = _Files(checkpoint.files, stack)
+        opened = _Files(files, stack)
         for sample in samples:  # together: the disk need not wait for one to ask for the next
-            files.ask_for(sample)
+            opened.ask_for(sample)
         for sample in samples:
             digest.update(f"{sample.name}\n".encode())
-            digest.update(sample.used(files.read(sample)))
+            digest.update(sample.used(opened.read(sample)))
     return digest.hexdigest()
 
 
-def _samples(checkpoint: Checkpoint) -> Iterator[_Sample]:
-    for name, matrix in checkpoint.matrices.items():
+def _samples(
+    matrices: Mapping[str, StoredMatrix],
+    vectors: Mapping[str, StoredVector],
+    layers: Sequence[StoredExperts],
+    each: int,
+) -> Iterator[_Sample]:
+    for name, matrix in matrices.items():
         yield from _of_parts(name, matrix.format, matrix.parts)
-    for name, vector in checkpoint.vectors.items():
+    for name, vector in vectors.items():
         nbytes = min(vector.length, SAMPLE // 4) * FLOAT_BYTES[vector.dtype]
         yield _Sample(
             f"{name} {vector.length}",
@@ -68,8 +85,6 @@ def _samples(checkpoint: Checkpoint) -> Iterator[_Sample]:
             nbytes,
             partial(_float32, vector.dtype, vector.plus_one),
         )
-    layers = checkpoint.experts
-    each = checkpoint.config.num_experts
     count = min(EXPERTS, len(layers) * each)
     for number in range(count):
         layer, expert = divmod(number * len(layers) * each // count, each)

@@ -135,6 +135,19 @@ class Checkpoint:
         return self.metadata.directory
 
     @property
+    def resident_bytes(self) -> int:
+        """Of the weights that every token needs."""
+        return sum(matrix.format.nbytes for matrix in self.matrices.values())
+
+    @property
+    def slot_bytes(self) -> int:
+        """Of the native store's slots for all experts."""
+        # Parts lie in a slot at the offsets within a page that they have in the file.
+        largest = max(layer.expert_bytes for layer in self.experts) + 9 * 2 * 4096
+        slot = -(-largest // (16 << 10)) * (16 << 10)
+        return slot * self.config.num_experts * len(self.experts)
+
+    @property
     def has_tokenizer(self) -> bool:
         """Whether there is a tokenizer; a checkpoint without one runs on ids."""
         return is_there(self.directory / "tokenizer.json")
@@ -168,7 +181,7 @@ class Checkpoint:
     @cached_property
     def fingerprint(self) -> str:
         """What tells its weights from another model's; see checkpoint/fingerprint.py."""
-        return fingerprint(self)
+        return fingerprint(self.config, self.files, self.matrices, self.vectors, self.experts)
 
     def native(self) -> "_native.Checkpoint":
         """The table of spans for the native core."""

@@ -38,7 +38,6 @@ from flashmoe.generate.tools import chosen, tools_of
 from flashmoe.machine import probe
 from flashmoe.machine.budget import (
     check_room,
-    context_bytes,
     default_cache,
     parse_bytes,
     prompt_chunk,
@@ -117,7 +116,7 @@ class Model:
         experts = config.experts_in_force(experts_per_token)
         available = probe.available_memory()
         # A context that is asked for is meant to be used: its keys and values have their place.
-        keys = 0 if context is None else context_bytes(config, context, precision)
+        keys = 0 if context is None else config.context_bytes(context, precision)
         try:
             if cache_bytes is None:
                 cache_bytes = default_cache(checkpoint, available - keys)

@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import re
 import sys
+from typing import Protocol
 
-from flashmoe.checkpoint.config import ModelConfig
-from flashmoe.checkpoint.open import Checkpoint
 from flashmoe.errors import ArgumentError
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def default_cache(checkpoint: Checkpoint, available: int) -> int:
+class Weights(Protocol):
+    """What a checkpoint asks of memory, in bytes."""
+
+    @property
+    def resident_bytes(self) -> int: ...
+    @property
+    def slot_bytes(self) -> int: ...
+
+
+class Shape(Protocol):
+    """What a token asks of memory."""
+
+    def activation_bytes(self, experts_per_token: int) -> int: ...
+
+
+def default_cache(checkpoint: Weights, available: int) -> int:
     """Bytes to keep experts in: all of them where they fit into 70 % of the available memory.
 
     Else what is left of these 70 % beside the resident weights: a cache of our own, read past the
@@ -21,7 +35,7 @@ def default_cache(checkpoint: Checkpoint, available: int) -> int:
     (docs/performance.md). Else, and on macOS where the original engine found the opposite, 0.
     """
     on_mac = sys.platform == "darwin"
-    return cache_for(_resident(checkpoint), _slots_for_all(checkpoint), available, on_mac=on_mac)
+    return cache_for(checkpoint.resident_bytes, checkpoint.slot_bytes, available, on_mac=on_mac)
 
 
 def cache_for(resident: int, experts: int, available: int, *, on_mac: bool) -> int:
@@ -32,20 +46,13 @@ def cache_for(resident: int, experts: int, available: int, *, on_mac: bool) -> i
     return 0 if on_mac else left
 
 
-def context_bytes(config: ModelConfig, tokens: int, precision: str) -> int:
-    """Bytes of the keys and values of so many tokens."""
-    layers = config.layer_types.count("full_attention")
-    row = config.num_key_value_heads * config.head_dim * (4 if precision == "float32" else 2)
-    return 2 * layers * row * tokens
-
-
-def check_room(checkpoint: Checkpoint, cache: int, available: int, keys: int = 0) -> int:
+def check_room(checkpoint: Weights, cache: int, available: int, keys: int = 0) -> int:
     """Bytes of resident weights, a cache of so many bytes, and keys and values, which must fit.
 
     Memory is granted as it is first touched: without this the system would end the process later.
     Raises ArgumentError where they do not fit.
     """
-    resident, experts = _resident(checkpoint), min(cache, _slots_for_all(checkpoint))
+    resident, experts = checkpoint.resident_bytes, min(cache, checkpoint.slot_bytes)
     if resident + experts + keys <= available:
         return resident + experts + keys
     needs = f"the weights that every token needs take {resident / 1e9:.2f} GB of memory"
@@ -63,32 +70,14 @@ def check_room(checkpoint: Checkpoint, cache: int, available: int, keys: int = 0
     )
 
 
-def _resident(checkpoint: Checkpoint) -> int:
-    return sum(matrix.format.nbytes for matrix in checkpoint.matrices.values())
-
-
-def _slots_for_all(checkpoint: Checkpoint) -> int:
-    """Bytes of the native store's slots for all experts."""
-    # Parts lie in a slot at the offsets within a page that they have in the file.
-    largest = max(layer.expert_bytes for layer in checkpoint.experts) + 9 * 2 * 4096
-    slot = -(-largest // (16 << 10)) * (16 << 10)
-    return slot * checkpoint.config.num_experts * len(checkpoint.experts)
-
-
-def prompt_chunk(config: ModelConfig, experts_per_token: int, available: int) -> int:
+def prompt_chunk(config: Shape, experts_per_token: int, available: int) -> int:
     """Prompt tokens to compute together: a power of two from 128 to 2048.
 
     A chunk reads nearly every expert once, so that the longest is the fastest; its activations
     take at most 5 % of the available memory.
     """
-    heads = 2 * config.num_attention_heads * config.head_dim
-    values = config.linear_num_value_heads * config.linear_value_head_dim
-    keys = config.linear_num_key_heads * config.linear_key_head_dim
-    floats = (3 + experts_per_token) * config.hidden_size + config.num_experts
-    floats += max(heads, 2 * keys + values) + max(heads // 2, values) * 2
-    floats += 2 * (experts_per_token + 1) * config.moe_intermediate_size
     chunk = 2048
-    while chunk > 128 and chunk * floats * 4 > 0.05 * available:
+    while chunk > 128 and chunk * config.activation_bytes(experts_per_token) > 0.05 * available:
         chunk //= 2
     return chunk
 
