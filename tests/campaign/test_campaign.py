@@ -1,4 +1,4 @@
-"""The campaign in its short form: fixed seeds, under three minutes on two idle cores.
+"""The campaign in its short form: fixed seeds, meant for under three minutes on two idle cores.
 
 The long one is a command: see run.py. What it found is in docs/campaign.md.
 """
