@@ -1,7 +1,10 @@
 // Gated attention over a cache of keys and values. Keys are taken in blocks of kKeyBlock positions,
 // aligned to absolute positions; a block's partial result is computed on its own and the blocks are
 // merged in order, so a token's result does not depend on how the work was divided.
+#pragma once
 
+#include "backend/cpu/elementwise.inl"
+#include "backend/cpu/simd.inl"
 #include "backend/cpu/softmax.inl"
 
 constexpr int kQueries = kLanes == 16 ? 4 : 2;  // whose sums fit into registers

@@ -1,6 +1,11 @@
 // Attention over a bfloat16 cache by AVX-512 BF16: vdpbf16ps adds two products of bfloat16 pairs to
 // each float32 lane. Queries and weights are rounded to bfloat16 as keys and values are; a block's
 // sum is that of the rounded weights, so they still add up to one. Otherwise as attention.inl.
+#pragma once
+
+#include "backend/cpu/simd.inl"
+#include "backend/cpu/softmax.inl"
+#include "backend/cpu/transpose_avx512.inl"
 
 // Queries whose sums, for two vectors of keys or columns, fit into registers.
 constexpr int kManyQueries = 8;

@@ -1,5 +1,9 @@
 // The gated delta rule, token by token. The columns of a head's state are independent, so a block
 // of them stays in the nearest cache for a run of tokens.
+#pragma once
+
+#include "backend/cpu/elementwise.inl"
+#include "backend/cpu/simd.inl"
 
 // x / sqrt(Σ x² + 1e-6) * scale, zero-padded to a whole number of vectors.
 FLASHMOE_INLINE void l2_norm(const float* x, int width, float scale, float* out) {

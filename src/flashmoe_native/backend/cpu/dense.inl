@@ -1,6 +1,9 @@
 // Matrix products with float32 inputs. A piece of four rows is widened or dequantised to float32,
 // then used for every token; an element of the result is the sum of kLanes partial sums over the
 // columns.
+#pragma once
+
+#include "backend/cpu/simd.inl"
 
 constexpr int kRowTile = 4;
 constexpr int kTokenTile = 4;

@@ -1,4 +1,7 @@
 // Norms, activations, the causal convolution and the sum of the experts.
+#pragma once
+
+#include "backend/cpu/simd.inl"
 
 void rms_norm(int width, const float* x, const float* weight, float eps, float* out) {
   Floats squares = {};

@@ -3,6 +3,13 @@
 //   (scale_w * dot + bias_w * Σ q_x) * scale_x
 // is added to partial sum g mod 16, and the 16 sums are then added pairwise (i and i + 8, + 4, + 2,
 // + 1), without fused operations: every instruction set gives the same bits.
+#pragma once
+
+#include "backend/cpu/int8_batch.inl"
+#include "backend/cpu/int8_format.inl"
+#include "backend/cpu/simd.inl"
+
+#include FLASHMOE_INT8_DOTS
 
 FLASHMOE_INLINE float pairwise_sum(const Block<Floats>& sums) {
   Floats total = sums.part[0];

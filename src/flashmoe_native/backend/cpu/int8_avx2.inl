@@ -2,6 +2,10 @@
 // products of an unsigned and a signed byte to each 32-bit lane. By AVX2 alone vpmaddubsw adds two
 // products in 16 bits, which hold the sum of a few such pairs before they are widened; 8-bit
 // weights, whose pairs would saturate, are taken as two halves of 4 bits.
+#pragma once
+
+#include "backend/cpu/int8_format.inl"
+#include "backend/cpu/simd.inl"
 
 #ifdef __AVXVNNI__
 constexpr int kTileTokens = 6, kTileBlocks = 1;  // see int8_batch.inl

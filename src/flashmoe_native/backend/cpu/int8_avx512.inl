@@ -1,6 +1,9 @@
 // Integer dot products by AVX-512 VNNI: vpdpbusd adds four products of an unsigned and a signed
 // byte to each 32-bit lane.
+#pragma once
 
+#include "backend/cpu/int8_format.inl"
+#include "backend/cpu/simd.inl"
 #include "backend/cpu/transpose_avx512.inl"
 
 constexpr int kTileTokens = 8, kTileBlocks = 2;  // see int8_batch.inl

@@ -6,6 +6,12 @@
 // 16s of rows are multiplied with one another at a time, so that their sums fit into registers and
 // hide how long one product takes; by kHalves whether bytes of weights are taken as halves of 4
 // bits.
+#pragma once
+
+#include "backend/cpu/int8_format.inl"
+#include "backend/cpu/simd.inl"
+
+#include FLASHMOE_INT8_DOTS
 
 constexpr int kBatchRows = 16;
 // Tokens whose partial sums are held, 1 KiB each for 16 rows. They and a tile of the weights are on

@@ -1,5 +1,9 @@
 // Integer dot products by NEON, with sdot where the file is compiled for it. Weights of 4 bits or
 // fewer are signed bytes as they are; those of 8 bits are taken as two halves of 4.
+#pragma once
+
+#include "backend/cpu/int8_format.inl"
+#include "backend/cpu/simd.inl"
 
 FLASHMOE_INLINE int32x4_t dot_small(int32x4_t sums, uint8x16_t weight, int8x16_t values) {
 #ifdef __ARM_FEATURE_DOTPROD

@@ -1,4 +1,8 @@
 // Integer dot products in plain C++.
+#pragma once
+
+#include "backend/cpu/int8_format.inl"
+#include "backend/cpu/simd.inl"
 
 constexpr int kTileTokens = 4, kTileBlocks = 1;  // see int8_batch.inl
 constexpr bool kHalves = false;

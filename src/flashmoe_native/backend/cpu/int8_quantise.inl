@@ -1,4 +1,7 @@
 // Inputs to 8 bits, as Int8Input describes.
+#pragma once
+
+#include "backend/cpu/simd.inl"
 
 typedef int8_t Bytes __attribute__((vector_size(kLanes)));
 

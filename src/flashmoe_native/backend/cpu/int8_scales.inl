@@ -1,4 +1,7 @@
 // Scales and biases of a quantised matrix.
+#pragma once
+
+#include "backend/cpu/simd.inl"
 
 // kLanes scales or biases of one dtype as float32.
 template <DType D>

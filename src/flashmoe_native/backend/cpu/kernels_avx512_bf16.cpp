@@ -19,11 +19,6 @@ const Kernels* avx512_kernels();
 
 namespace {
 constexpr int kLanes = 16;
-#include "backend/cpu/simd.inl"
-
-#include "backend/cpu/softmax.inl"
-#include "backend/cpu/transpose_avx512.inl"
-
 #include "backend/cpu/attention_bf16.inl"
 
 void attention_block(const AttentionCall& call, const AttentionBlock& block, const float* q,

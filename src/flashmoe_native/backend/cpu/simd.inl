@@ -1,5 +1,8 @@
 // One vector of the instruction set that the including file is compiled for, with the few
 // operations that GCC's and Clang's vector types lack.
+// The including file has opened a namespace, named kLanes, and included backend/cpu/kernels.h, the
+// header of its intrinsics, <math.h> and <utility>: no .inl may, for it stands in that namespace.
+#pragma once
 
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));

@@ -1,4 +1,7 @@
 // A block of attention's scores to weights.
+#pragma once
+
+#include "backend/cpu/simd.inl"
 
 // The first `count` of kKeyBlock scores become exp(score - max), the rest of them 0.
 FLASHMOE_INLINE void exponentiate(float* scores, int count, float* max, float* total) {

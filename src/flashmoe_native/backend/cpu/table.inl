@@ -1,24 +1,13 @@
 // Everything that is compiled once for each instruction set; the including file names kLanes, kName
 // and the file with the integer dot products.
-
-#include "backend/cpu/simd.inl"
-
-#include "backend/cpu/elementwise.inl"
+#pragma once
 
 #include "backend/cpu/attention.inl"
 #include "backend/cpu/delta.inl"
 #include "backend/cpu/dense.inl"
-
-#include "backend/cpu/int8_quantise.inl"
-#include "backend/cpu/int8_scales.inl"
-
-#include "backend/cpu/int8_format.inl"
-
-#include FLASHMOE_INT8_DOTS
-
-#include "backend/cpu/int8_batch.inl"
-
+#include "backend/cpu/elementwise.inl"
 #include "backend/cpu/int8.inl"
+#include "backend/cpu/int8_quantise.inl"
 
 constexpr Kernels kTable = {
     kName,           expand_row,      rms_norm,         quantise,    matmul_float,

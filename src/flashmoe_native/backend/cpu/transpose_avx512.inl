@@ -1,4 +1,8 @@
 // 16 rows of 16 lanes become columns.
+#pragma once
+
+#include "backend/cpu/simd.inl"
+
 FLASHMOE_INLINE void transpose(Ints (&rows)[kLanes]) {
   __m512i a[16], b[16];
   for (int i = 0; i < 16; ++i) a[i] = reinterpret_cast<__m512i>(rows[i]);
