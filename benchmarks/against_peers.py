@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -49,15 +50,13 @@ class Peer(Protocol):
 
 class FlashMoe:
     def __init__(self, source: Path, threads: int, context: int, options: dict[str, Any]) -> None:
-        from dataclasses import asdict  # noqa: PLC0415
-
         from flashmoe import _native  # noqa: PLC0415
 
         checkpoint = Checkpoint.open(source)
-        config = asdict(checkpoint.config)
-        experts = config["experts_per_token"] = options.pop("experts_per_token")
-        options.setdefault("chunk", prompt_chunk(checkpoint.config, experts, available_memory()))
-        table = checkpoint.native()
+        experts = options.pop("experts_per_token")
+        ask = partial(checkpoint.needs, experts, threads=threads)
+        options.setdefault("chunk", prompt_chunk(ask, available_memory()))
+        config, table = checkpoint.native_config(experts), checkpoint.native
         self.make = lambda threads: _native.Engine(config, table, threads=threads, **options)
         self.native = self.make(threads)
         self.reset()

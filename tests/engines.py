@@ -1,6 +1,5 @@
 """A native engine on a checkpoint, without tokenizer or sampling: what parity tests compare."""
 
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -34,11 +33,9 @@ class TestEngine:
         kernels: Path | None = None,
     ) -> None:
         checkpoint = Checkpoint.open(directory)
-        config = asdict(checkpoint.config)
-        config["experts_per_token"] = experts_per_token or checkpoint.config.num_experts_per_tok
         self.native = _native.Engine(
-            config,
-            checkpoint.native(),
+            checkpoint.native_config(experts_per_token or checkpoint.config.num_experts_per_tok),
+            checkpoint.native,
             backend=backend,
             precision=precision,
             threads=threads,

@@ -7,6 +7,7 @@ Its states, exceptions and counters behave as `_native.pyi` says.
 import json
 import threading
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -235,6 +236,5 @@ def install(monkeypatch: pytest.MonkeyPatch, rule: Rule = hashed) -> FakeEngine:
 
     monkeypatch.setattr(Checkpoint, "open", staticmethod(open_checkpoint))
     monkeypatch.setattr(model_module, "open_engine", open_engine)
-    monkeypatch.setattr(model_module, "default_cache", lambda checkpoint, available: 0)
-    monkeypatch.setattr(model_module, "check_room", lambda *_: 0)
+    monkeypatch.setattr(Checkpoint, "needs", lambda *_, **__: Counter())
     return native

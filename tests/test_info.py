@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -124,27 +125,32 @@ def test_the_397b_in_numbers(big: Checkpoint) -> None:
 def test_memory_that_all_experts_do_not_fit_into_caches_some(
     big: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    resident = sum(matrix.format.nbytes for matrix in big.matrices.values())
-    experts = 60 * 512 * (7_077_888 + (80 << 10))  # slots are multiples of 16 KiB
+    ask = partial(big.needs, 4)
+    resident, experts = ask()["resident"], ask()["all_slots"]
+    # Rounded to cache lines, norms as float32; slots to 16 KiB, with room for direct reads.
+    stored = sum(matrix.format.nbytes for matrix in big.matrices.values())
+    assert stored < resident < stored + 16e6
+    assert 60 * 512 * 7_077_888 < experts < 60 * 512 * (7_077_888 + (80 << 10))
     monkeypatch.setattr(sys, "platform", "linux")
-    assert default_cache(big, 512 << 30) == experts
-    assert default_cache(big, int((experts + resident) / 0.7) + 2) == experts
-    assert default_cache(big, 48 << 30) == int(0.7 * (48 << 30)) - resident
-    assert default_cache(big, 1 << 30) == 0
+    assert default_cache(ask, 512 << 30) == experts
+    assert default_cache(ask, int((experts + resident) / 0.7) + 2) == experts
+    assert default_cache(ask, 48 << 30) == int(0.7 * (48 << 30)) - resident
+    assert default_cache(ask, 1 << 30) == 0
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert default_cache(big, 48 << 30) == 0
-    assert default_cache(big, 512 << 30) == experts
+    assert default_cache(ask, 48 << 30) == 0
+    assert default_cache(ask, 512 << 30) == experts
 
 
 def test_weights_or_a_cache_that_memory_has_no_room_for_are_refused(
     big: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check_room(big, 30 << 30, 48 << 30)
-    check_room(big, 1 << 60, 512 << 30)  # no more than all experts
+    ask = partial(big.needs, 4)
+    check_room(ask, 30 << 30, 48 << 30)
+    check_room(ask, 1 << 60, 512 << 30)  # no more than all experts
     with pytest.raises(ArgumentError, match=r"take 5\.\d+ GB .*; 1\.07 GB are .* fewer bits"):
-        check_room(big, 0, 1 << 30)
+        check_room(ask, 0, 1 << 30)
     with pytest.raises(ArgumentError, match=r"cache 64\.42 GB more; 51\.54 GB .* a smaller cache"):
-        check_room(big, 60 << 30, 48 << 30)
+        check_room(ask, 60 << 30, 48 << 30)
     monkeypatch.setattr(probe, "available_memory", lambda: 1_000_000)
     with pytest.raises(ArgumentError, match="fewer bits"):
         Model("demo")

@@ -12,7 +12,7 @@ from fake_engine import FakeEngine, hashed, install, make_directory, make_tokeni
 import flashmoe
 from flashmoe import _native
 from flashmoe.generate.engine import open_engine
-from flashmoe.machine.budget import parse_bytes, prompt_chunk
+from flashmoe.machine.budget import parse_bytes
 
 
 @pytest.fixture
@@ -477,10 +477,3 @@ def test_sizes_are_read(text, nbytes) -> None:
 def test_what_is_no_size_is_refused(text) -> None:
     with pytest.raises(flashmoe.ArgumentError, match="size"):
         parse_bytes(text)
-
-
-def test_a_chunk_of_a_prompt_is_as_long_as_memory_allows(model: flashmoe.Model) -> None:
-    chunks = [prompt_chunk(model.config, 4, memory) for memory in (1 << 16, 1 << 25, 1 << 40)]
-    assert chunks[0] == 128
-    assert 128 < chunks[1] < 2048
-    assert chunks[2] == 2048

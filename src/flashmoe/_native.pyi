@@ -1,7 +1,7 @@
 """The native core: what Python hands over, and what it gets back."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,44 @@ class Checkpoint:
     def add_experts(self, gate: Format, up: Format, down: Format, extents: Extents) -> None:
         """The next layer's experts; extents is [experts * parts, 3], parts in the order gate
         weight [scales biases], up …, down …."""
+    def needs(
+        self,
+        config: dict[str, Any],
+        *,
+        backend: str = "cpu",
+        precision: str = "int8",
+        threads: int = 1,
+        cache_bytes: int = 0,
+        chunk: int = 256,
+        context: int = 0,
+    ) -> Needs:
+        """What an Engine would take, said by the code that allocates it. No weight is read; the
+        files need not be here. Raises CheckpointError where the table lacks a weight."""
+
+class Needs(TypedDict):
+    """Bytes; those that an open engine reports too are the same there."""
+
+    resident: int
+    """Weights that every token needs."""
+    mapped: int
+    """Of them, those that are pages of their files and not copies."""
+    slots: int
+    """Memory for experts in this setting."""
+    all_slots: int
+    """With a cache that holds every expert."""
+    slot: int
+    """One expert in such a cache."""
+    activations: int
+    """What a pass of a whole chunk computes in."""
+    recurrent: int
+    """Convolution and recurrent states of a sequence; an engine has one set more of its own."""
+    token: int
+    """Keys and values of one token."""
+    state: int
+    """A sequence of `context` tokens that came a chunk at a time: its caches have room for more."""
+    scratch: int
+    """What the CPU's operations work in when a chunk ends at `context`, at most. An engine that has
+    seen longer and longer calls may hold half as much again. 0 where a GPU computes."""
 
 class State:
     """Everything a sequence carries: KV caches, convolution and recurrent states."""
@@ -132,7 +170,8 @@ class Engine:
         """reads, bytes_read, bytes_cached (of them in the page cache; -1 where the system cannot
         tell), read_seconds (summed over reads, which overlap), wait_seconds, expert_hits,
         expert_misses, rows (passed to Forward), forward_seconds, head_seconds, busy_seconds
-        (of all threads together), resident_bytes, slot_bytes, activation_bytes."""
+        (of all threads together), resident_bytes, slot_bytes, activation_bytes,
+        scratch_bytes (what operations work in)."""
     def layer_times(self) -> list[dict[str, float]]:
         """Seconds so far in each layer, as the host saw them: mixer, router (with the norm before
         it), wait (for experts), experts (the shared one too) and combine (with the norm that the

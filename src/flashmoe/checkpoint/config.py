@@ -78,20 +78,6 @@ class ModelConfig:
     def conv_channels(self) -> int:
         return 2 * self.key_width + self.value_width
 
-    def activation_bytes(self, experts_per_token: int) -> int:
-        """Bytes of the activations of one token of a prompt."""
-        heads = 2 * self.num_attention_heads * self.head_dim
-        floats = (3 + experts_per_token) * self.hidden_size + self.num_experts
-        floats += max(heads, self.conv_channels) + max(heads // 2, self.value_width) * 2
-        floats += 2 * (experts_per_token + 1) * self.moe_intermediate_size
-        return 4 * floats
-
-    def context_bytes(self, tokens: int, precision: str) -> int:
-        """Bytes of the keys and values of so many tokens."""
-        layers = self.layer_types.count("full_attention")
-        row = self.num_key_value_heads * self.head_dim * (4 if precision == "float32" else 2)
-        return 2 * layers * row * tokens
-
     @property
     def default_experts_per_token(self) -> int:
         """What `experts_per_token="auto"` means: 4 for Qwen3.5-397B-A17B, for which the original

@@ -1,5 +1,6 @@
 """A checkpoint, opened once: its configuration, where every weight lies, and how it reads text."""
 
+import dataclasses
 import gc
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flashmoe import hub
 from flashmoe.checkpoint.config import ModelConfig
@@ -135,19 +136,6 @@ class Checkpoint:
         return self.metadata.directory
 
     @property
-    def resident_bytes(self) -> int:
-        """Of the weights that every token needs."""
-        return sum(matrix.format.nbytes for matrix in self.matrices.values())
-
-    @property
-    def slot_bytes(self) -> int:
-        """Of the native store's slots for all experts."""
-        # Parts lie in a slot at the offsets within a page that they have in the file.
-        largest = max(layer.expert_bytes for layer in self.experts) + 9 * 2 * 4096
-        slot = -(-largest // (16 << 10)) * (16 << 10)
-        return slot * self.config.num_experts * len(self.experts)
-
-    @property
     def has_tokenizer(self) -> bool:
         """Whether there is a tokenizer; a checkpoint without one runs on ids."""
         return is_there(self.directory / "tokenizer.json")
@@ -183,6 +171,33 @@ class Checkpoint:
         """What tells its weights from another model's; see checkpoint/fingerprint.py."""
         return fingerprint(self.config, self.files, self.matrices, self.vectors, self.experts)
 
+    def needs(
+        self,
+        experts_per_token: int,
+        *,
+        backend: str = "cpu",
+        precision: str = "int8",
+        threads: int = 1,
+        cache_bytes: int = 0,
+        chunk: int = 256,
+        context: int = 0,
+    ) -> "_native.Needs":
+        """What a setting would take, in bytes; no weight is read, nor need there be any here."""
+        return self.native.needs(
+            self.native_config(experts_per_token),
+            backend=backend,
+            precision=precision,
+            threads=threads,
+            cache_bytes=cache_bytes,
+            chunk=chunk,
+            context=context,
+        )
+
+    def native_config(self, experts_per_token: int) -> dict[str, Any]:
+        """The config for the native core, with the experts that run for a token."""
+        return dataclasses.asdict(self.config) | {"experts_per_token": experts_per_token}
+
+    @cached_property
     def native(self) -> "_native.Checkpoint":
         """The table of spans for the native core."""
         # Metadata can be read where the core is not built.

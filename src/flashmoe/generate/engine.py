@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import dataclasses
 import functools
 import importlib.resources
 import logging
@@ -65,16 +64,23 @@ def open_engine(checkpoint: Checkpoint, setting: Setting, progress: Progress | N
         _native.cpu_kernels()
     except ValueError as error:  # FLASHMOE_ISA names what this machine has not
         raise ArgumentError(str(error)) from error
-    names = [setting.backend]
-    if setting.backend == "auto":
-        on_mac = sys.platform == "darwin" and "metal" in _native.backends()
-        names = ["metal", "cpu"] if on_mac else ["cpu"]
+    names = backends_for(setting.backend)
     for name in names[:-1]:
         try:
             return Engine(_load(checkpoint, setting, name, progress), checkpoint, setting)
         except DeviceError as error:
             log.warning('%s; going on with backend="cpu"', error)
     return Engine(_load(checkpoint, setting, names[-1], progress), checkpoint, setting)
+
+
+def backends_for(choice: str) -> list[str]:
+    """What `backend` stands for, to be tried in turn."""
+    from flashmoe import _native  # noqa: PLC0415
+
+    if choice != "auto":
+        return [choice]
+    on_mac = sys.platform == "darwin" and "metal" in _native.backends()
+    return ["metal", "cpu"] if on_mac else ["cpu"]
 
 
 @functools.cache
@@ -103,11 +109,10 @@ def _load(
             f'backend "{backend}" is not in this build of flashmoe, which has '
             f"{', '.join(_native.backends())}; Metal needs macOS"
         )
-    config = dataclasses.asdict(checkpoint.config)
     try:
         return _native.Engine(
-            config | {"experts_per_token": setting.experts_per_token},
-            checkpoint.native(),
+            checkpoint.native_config(setting.experts_per_token),
+            checkpoint.native,
             backend=backend,
             precision=setting.precision,
             threads=setting.threads,

@@ -8,6 +8,7 @@ import os
 import time
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from flashmoe.generate.chat import Chat, Turn
 from flashmoe.generate.constraint import constraint_of
 from flashmoe.generate.conversations import Conversations
 from flashmoe.generate.dialect import Dialect
-from flashmoe.generate.engine import Progress, Setting, open_engine
+from flashmoe.generate.engine import Progress, Setting, backends_for, open_engine
 from flashmoe.generate.parse import AnswerParser
 from flashmoe.generate.processors import LogitsProcessor
 from flashmoe.generate.prompt import Prompts
@@ -114,13 +115,21 @@ class Model:
             raise ArgumentError(f"context is {context}; the model's own limit is {limit}")
         self.context = context or limit
         experts = config.experts_in_force(experts_per_token)
+        threads = threads or probe.physical_cores()
         available = probe.available_memory()
+        ask = partial(
+            checkpoint.needs,
+            experts,
+            backend=backends_for(backend)[0],
+            precision=precision,
+            threads=threads,
+        )
         # A context that is asked for is meant to be used: its keys and values have their place.
-        keys = 0 if context is None else config.context_bytes(context, precision)
+        keys = 0 if context is None else context * ask()["token"]
         try:
             if cache_bytes is None:
-                cache_bytes = default_cache(checkpoint, available - keys)
-            planned = check_room(checkpoint, cache_bytes, available, keys)
+                cache_bytes = default_cache(ask, available - keys)
+            planned = check_room(ask, cache_bytes, available, keys)
         except ArgumentError as error:
             raise ArgumentError(f"{error}{_also_open()}") from None
         self.sampling = self._default_sampling()
@@ -128,9 +137,9 @@ class Model:
             experts_per_token=experts,
             backend=backend,
             precision=precision,
-            threads=threads or probe.physical_cores(),
+            threads=threads,
             cache_bytes=cache_bytes,
-            chunk=prompt_chunk(config, experts, available),
+            chunk=prompt_chunk(ask, available),
             overlap=overlap,
             # Half of what was not planned for: two programs do not plan the same memory.
             reserve=max(min(available * 15 // 100, (available - planned) // 2), _LEAST_RESERVE),

@@ -4,38 +4,31 @@ from __future__ import annotations
 
 import re
 import sys
-from typing import Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from flashmoe.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from flashmoe import _native
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-class Weights(Protocol):
-    """What a checkpoint asks of memory, in bytes."""
-
-    @property
-    def resident_bytes(self) -> int: ...
-    @property
-    def slot_bytes(self) -> int: ...
+Ask = Callable[..., "_native.Needs"]
+"""`Checkpoint.needs` with all decided but what is asked about."""
 
 
-class Shape(Protocol):
-    """What a token asks of memory."""
-
-    def activation_bytes(self, experts_per_token: int) -> int: ...
-
-
-def default_cache(checkpoint: Weights, available: int) -> int:
+def default_cache(ask: Ask, available: int) -> int:
     """Bytes to keep experts in: all of them where they fit into 70 % of the available memory.
 
     Else what is left of these 70 % beside the resident weights: a cache of our own, read past the
     page cache, is 1.6 to 2.2 times as fast on Linux as leaving the same memory to the page cache
     (docs/performance.md). Else, and on macOS where the original engine found the opposite, 0.
     """
-    on_mac = sys.platform == "darwin"
-    return cache_for(checkpoint.resident_bytes, checkpoint.slot_bytes, available, on_mac=on_mac)
+    needs, on_mac = ask(), sys.platform == "darwin"
+    return cache_for(needs["resident"], needs["all_slots"], available, on_mac=on_mac)
 
 
 def cache_for(resident: int, experts: int, available: int, *, on_mac: bool) -> int:
@@ -46,38 +39,42 @@ def cache_for(resident: int, experts: int, available: int, *, on_mac: bool) -> i
     return 0 if on_mac else left
 
 
-def check_room(checkpoint: Weights, cache: int, available: int, keys: int = 0) -> int:
+def check_room(ask: Ask, cache: int, available: int, keys: int = 0) -> int:
     """Bytes of resident weights, a cache of so many bytes, and keys and values, which must fit.
 
     Memory is granted as it is first touched: without this the system would end the process later.
     Raises ArgumentError where they do not fit.
     """
-    resident, experts = checkpoint.resident_bytes, min(cache, checkpoint.slot_bytes)
-    if resident + experts + keys <= available:
-        return resident + experts + keys
-    needs = f"the weights that every token needs take {resident / 1e9:.2f} GB of memory"
+    needs = ask(cache_bytes=cache)
+    resident, slots = needs["resident"], needs["slots"] if cache else 0
+    if resident + slots + keys <= available:
+        return resident + slots + keys
+    takes = f"the weights that every token needs take {resident / 1e9:.2f} GB of memory"
     has = f"{available / 1e9:.2f} GB are available"
     if resident > available:
-        raise ArgumentError(f"{needs}; {has}: end other programs, or take a model of fewer bits")
+        raise ArgumentError(f"{takes}; {has}: end other programs, or take a model of fewer bits")
     if resident + keys > available:
         raise ArgumentError(
-            f"{needs} and the context that was asked for {keys / 1e9:.2f} GB more; {has}: ask for "
+            f"{takes} and the context that was asked for {keys / 1e9:.2f} GB more; {has}: ask for "
             "a shorter context"
         )
     raise ArgumentError(
-        f"{needs} and the cache {experts / 1e9:.2f} GB more; {has}: give a smaller cache, or none "
+        f"{takes} and the cache {slots / 1e9:.2f} GB more; {has}: give a smaller cache, or none "
         "to have one that fits"
     )
 
 
-def prompt_chunk(config: Shape, experts_per_token: int, available: int) -> int:
+def prompt_chunk(ask: Ask, available: int) -> int:
     """Prompt tokens to compute together: a power of two from 128 to 2048.
 
-    A chunk reads nearly every expert once, so that the longest is the fastest; its activations
-    take at most 5 % of the available memory.
+    A chunk reads nearly every expert once, so that the longest is the fastest; what it computes in
+    takes at most 5 % of the available memory.
     """
     chunk = 2048
-    while chunk > 128 and chunk * config.activation_bytes(experts_per_token) > 0.05 * available:
+    while chunk > 128:
+        needs = ask(chunk=chunk, context=chunk)
+        if needs["activations"] + needs["scratch"] <= 0.05 * available:
+            break
         chunk //= 2
     return chunk
 

@@ -110,16 +110,12 @@ def summarise(checkpoint: Checkpoint, experts_per_token: int) -> Summary:
     if not c.tie_word_embeddings:
         always -= c.vocab_size * c.hidden_size  # of the embedding, one row is used
     per_layer = [layer.expert_bytes for layer in checkpoint.experts]
-    attention = c.layer_types.count("full_attention")
-    delta = len(c.layer_types) - attention
-    state_layer = (c.linear_conv_kernel_dim - 1) * c.conv_channels + (
-        c.linear_num_value_heads * c.linear_key_head_dim * c.linear_value_head_dim
-    )
+    needs = checkpoint.needs(experts_per_token)
     return Summary(
         source=checkpoint.source,
         model_type=c.model_type,
         layers=len(c.layer_types),
-        attention_layers=attention,
+        attention_layers=c.layer_types.count("full_attention"),
         hidden_size=c.hidden_size,
         vocab_size=c.vocab_size,
         num_experts=c.num_experts,
@@ -129,15 +125,12 @@ def summarise(checkpoint: Checkpoint, experts_per_token: int) -> Summary:
         parameters=parameters,
         active_parameters=always + experts_per_token * expert_parameters,
         disk=checkpoint.disk_bytes,
-        resident=(
-            sum(m.format.nbytes for m in checkpoint.matrices.values())
-            + sum(4 * v.length for v in checkpoint.vectors.values())
-        ),
+        resident=needs["resident"],
         expert=max(per_layer),
         experts=c.num_experts * sum(per_layer),
         read_per_token=experts_per_token * sum(per_layer),
-        state_fixed=4 * delta * state_layer,
-        state_per_token=2 * attention * 2 * c.num_key_value_heads * c.head_dim,
+        state_fixed=needs["recurrent"],
+        state_per_token=needs["token"],
         roles=roles,
     )
 

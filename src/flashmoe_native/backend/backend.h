@@ -19,7 +19,7 @@ namespace flashmoe {
 
 // A weight of shape [rows, cols], rows being outputs; y = W x. Dense, or affine-quantised in MLX's
 // format: bits-wide unsigned q in uint32 words, low end first, w = q * scale + bias for each group
-// of `group` columns. The three pointers are aligned as Backend::weight_alignment() says.
+// of `group` columns. The three pointers are aligned as WeightRules say.
 struct Matrix {
   int rows = 0;
   int cols = 0;
@@ -140,20 +140,27 @@ struct DeviceTimes {
   double woken = 0;      // the host
 };
 
+// What a backend asks of weights in memory, known before there is one.
+struct WeightRules {
+  int alignment;  // bytes; a power of two, at most 4096
+  bool maps;      // can use them where they lie in a file, as aligned as that
+};
+
 class Backend {
  public:
   virtual ~Backend() = default;
   // What its threads have spent on operations so far, all together; 0 where a device computes.
   virtual double busy_seconds() const { return 0; }
+  // Memory that its operations have come to work in so far, besides what they are given; 0 where a
+  // device computes.
+  virtual int64_t scratch_bytes() const { return 0; }
   // Throws DeviceError where there is no kernel for a model; asked before anything is loaded.
   virtual void require(const Shapes&) const {}
   // Page-aligned, 2 MiB-aligned when at least as large, zeroed; freed with the backend still alive.
   // Slots are units of so many bytes, which an operation never reaches across.
   virtual Buffer allocate(Memory memory, size_t bytes, size_t unit = 0) = 0;
-  // Bytes; a power of two, at most 4096.
-  virtual int weight_alignment() const = 0;
-  // Memory that holds `length` bytes of the file from `offset` on without a copy; empty where the
-  // backend, or the offset's alignment, calls for reading them into allocate()'s. Only to be read.
+  // Memory that holds `length` bytes of the file from `offset` on without a copy, where WeightRules
+  // say that it can; empty where the device cannot after all. Only to be read.
   virtual Buffer map(const File& file, int64_t offset, int64_t length) = 0;
 
   virtual void embed(const Matrix& table, std::span<const int32_t> ids, float* out) = 0;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <functional>
 #include <memory>
 
@@ -21,6 +22,8 @@ class Scratch {
   T* get(size_t count) {
     return static_cast<T*>(reserve(count * sizeof(T)));
   }
+
+  int64_t bytes() const { return static_cast<int64_t>(capacity_); }
 
  private:
   void* reserve(size_t bytes);

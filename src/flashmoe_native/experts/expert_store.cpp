@@ -7,14 +7,10 @@
 
 #include "core/error.h"
 #include "core/finite.h"
-#include "core/round.h"
 #include "core/stopwatch.h"
 
 namespace flashmoe {
 namespace {
-
-// Bytes between two parts that are read for nothing rather than with a read of their own.
-constexpr int64_t kMaxGap = 4096;
 
 // Tokens after which a use counts half. Between 16 and 256 it matters little.
 constexpr float kHalfLife = 64;
@@ -34,49 +30,30 @@ Matrix matrix_at(const Format& format, const std::byte* slot, const int64_t*& pa
   return make_matrix(format, parts);
 }
 
-// Whether every file with experts may be read past the page cache.
-bool can_read_direct(const std::vector<std::unique_ptr<File>>& files,
-                     const std::vector<ExpertsSpec>& layers) {
-  for (const ExpertsSpec& spec : layers) {
-    for (const Extent& extent : spec.extents) {
-      if (!files[extent.file]->open_direct()) return false;
-    }
-  }
-  return true;
-}
-
 }  // namespace
 
 ExpertStore::ExpertStore(Backend& backend, IoQueue& io,
                          const std::vector<std::unique_ptr<File>>& files,
-                         const std::vector<ExpertsSpec>& layers, const Options& options)
+                         const std::vector<ExpertsSpec>& layers, const SlotOptions& options,
+                         std::function<bool(int64_t bytes)> may_grow)
     : io_(io),
       files_(files),
       layers_(layers),
-      alignment_(backend.weight_alignment()),
-      direct_(options.direct && can_read_direct(files, layers)),
-      may_grow_(options.may_grow) {
-  int64_t largest = 0, total = 0, most = 0;
+      options_(options),
+      size_(slots_for(layers, options)),
+      slots_(static_cast<size_t>(size_.count)),
+      slab_(backend.allocate(Memory::kSlots, static_cast<size_t>(size_.bytes()),
+                             static_cast<size_t>(size_.stride))),
+      worth_(slots_.size(), kEmpty),
+      may_grow_(std::move(may_grow)) {
+  int64_t total = 0, most = 0;
   for (const ExpertsSpec& spec : layers_) {
-    const int experts = static_cast<int>(spec.extents.size()) / spec.parts();
-    for (int expert = 0; expert < experts; ++expert) {
-      largest = std::max(largest, layout(spec, expert).bytes);
-    }
     layer_base_.push_back(total);
-    total += experts;
-    most = std::max<int64_t>(most, experts);
+    total += experts_in(spec);
+    most = std::max<int64_t>(most, experts_in(spec));
   }
   slot_of_.assign(static_cast<size_t>(total), -1);
-  // Huge pages and DMA like 2 MiB boundaries; in a cache the rounding would cost slots.
-  constexpr int64_t kHugePage = 2 << 20, kPage = 16 << 10;
-  const bool huge = largest >= kHugePage && options.cache_bytes == 0;
-  stride_ = round_up(largest, huge ? kHugePage : kPage);
-  const int64_t wanted = std::max<int64_t>(options.min_slots, options.cache_bytes / stride_);
-  slots_.resize(static_cast<size_t>(std::min(total, wanted)));
-  slab_ = backend.allocate(Memory::kSlots, static_cast<size_t>(stride_) * slots_.size(),
-                           static_cast<size_t>(stride_));
   uses_.assign(static_cast<size_t>(total), 0);
-  worth_.assign(slots_.size(), kEmpty);
   const int all = static_cast<int>(slots_.size());
   step_ = std::max(1, all / kSteps);
   open_ = may_grow_ ? std::min(all, std::max(options.min_slots, step_)) : all;
@@ -118,34 +95,6 @@ void ExpertStore::end_pass(int tokens) {
 void ExpertStore::forget(int slot) {
   if (slots_[slot].expert >= 0) slot_of(slots_[slot].layer, slots_[slot].expert) = -1;
   slots_[slot].layer = slots_[slot].expert = -1;
-}
-
-ExpertStore::Layout ExpertStore::layout(const ExpertsSpec& spec, int expert) const {
-  Layout result;
-  const Extent* extent = &spec.extents[static_cast<size_t>(expert) * spec.parts()];
-  for (int part = 0; part < spec.parts(); ++part, ++extent) {
-    // A direct read begins and ends at whole units, in the file and in the slot, where a part then
-    // lies as aligned as in the file. If that is not enough for kernels, the page cache reads it.
-    const bool direct = direct_ && (File::kDirectUnit == 1 || extent->offset % alignment_ == 0);
-    const int64_t unit = direct ? File::kDirectUnit : 1;
-    const int64_t begin = round_down(extent->offset, unit);
-    const int64_t end = extent->offset + extent->length;
-    Piece* last = result.pieces.empty() ? nullptr : &result.pieces.back();
-    // Neighbours in the file are one read, where the next part then lies as it should.
-    const int64_t gap = last ? begin - (last->offset + last->length) : -1;
-    if (last && last->file == extent->file && last->direct == direct &&
-        extent->offset >= last->offset && gap <= kMaxGap &&
-        (extent->offset - last->offset + last->slot_offset) % alignment_ == 0) {
-      last->length = std::max(last->length, end - last->offset);
-    } else {
-      const int64_t slot_offset = round_up(result.bytes, std::max(unit, alignment_));
-      result.pieces.push_back({extent->file, begin, end - begin, slot_offset, direct});
-      last = &result.pieces.back();
-    }
-    result.parts[part] = last->slot_offset + extent->offset - last->offset;
-    result.bytes = last->slot_offset + round_up(last->length, unit);
-  }
-  return result;
 }
 
 void ExpertStore::start(int layer, std::span<const int32_t> experts, std::span<const int32_t> uses,
@@ -198,8 +147,7 @@ void ExpertStore::read_next_layer() {
 }
 
 void ExpertStore::read_ahead(int layer) {
-  const auto& spec = layers_[layer];
-  const int experts = static_cast<int>(spec.extents.size()) / spec.parts();
+  const int experts = experts_in(layers_[layer]);
   // Those in slots first, lest one is thrown out for another.
   for (int expert = 0; expert < experts; ++expert) {
     const int at = slot_of(layer, expert);
@@ -234,7 +182,7 @@ int ExpertStore::choose_slot() {
 bool ExpertStore::open_more() {
   const int more = std::min(step_, static_cast<int>(slots_.size()) - open_);
   if (more == 0 || !may_grow_) return false;
-  if (!may_grow_(more * stride_)) {
+  if (!may_grow_(more * size_.stride)) {
     may_grow_ = nullptr;
     return false;
   }
@@ -247,10 +195,10 @@ bool ExpertStore::try_read(int layer, int expert, bool ahead) {
   const int index = choose_slot();
   if (index < 0) return false;
   // What can fail comes first: a slot must never be said to hold what nobody reads.
-  const Layout expert_layout = layout(layers_[layer], expert);
+  const SlotLayout layout = slot_layout(layers_[layer], expert, options_);
   std::vector<IoQueue::Task> reads;
-  for (const Piece& piece : expert_layout.pieces) {
-    reads.emplace_back([this, index, piece] { read(index, piece); });
+  for (const SlotLayout::Read& part : layout.reads) {
+    reads.emplace_back([this, index, part] { read(index, part); });
   }
   {
     // No read of the slot is under way, and none begins before its end is counted.
@@ -268,7 +216,7 @@ bool ExpertStore::try_read(int layer, int expert, bool ahead) {
   slot.purpose = ahead ? Purpose::kAhead : Purpose::kAsked;
   slot.was_read = ahead;
   slot_of(layer, expert) = index;
-  slot.parts = expert_layout.parts;
+  slot.parts = layout.parts;
   ++in_flight_;
   if (ahead) {
     ahead_.push_back(index);
@@ -278,19 +226,19 @@ bool ExpertStore::try_read(int layer, int expert, bool ahead) {
   return true;
 }
 
-void ExpertStore::read(int slot, const Piece& piece) {
+void ExpertStore::read(int slot, const SlotLayout::Read& part) {
   std::exception_ptr failure;
   int64_t cached = 0;
   Stopwatch watch;
   try {
-    std::byte* const to = memory(slot) + piece.slot_offset;
-    const File& file = *files_[piece.file];
-    if (piece.direct) {
-      file.read_direct(piece.offset, piece.length, to);
+    std::byte* const to = memory(slot) + part.slot_offset;
+    const File& file = *files_[part.file];
+    if (part.direct) {
+      file.read_direct(part.offset, part.length, to);
     } else {
-      cached = file.read(piece.offset, piece.length, to);
+      cached = file.read(part.offset, part.length, to);
       // What a slot keeps is not kept twice.
-      if (direct_) file.forget(piece.offset, piece.length);
+      if (options_.direct) file.forget(part.offset, part.length);
     }
   } catch (...) {
     failure = std::current_exception();
@@ -299,7 +247,7 @@ void ExpertStore::read(int slot, const Piece& piece) {
   std::lock_guard lock(mutex_);
   if (failure) slots_[slot].failure = failure;
   statistics_.reads += 1;
-  statistics_.bytes_read += piece.length;
+  statistics_.bytes_read += part.length;
   if (cached < 0) statistics_.bytes_cached = -1;
   if (statistics_.bytes_cached >= 0) statistics_.bytes_cached += cached;
   statistics_.read_seconds += elapsed;

@@ -22,29 +22,15 @@
 #include "core/file.h"
 #include "core/io_queue.h"
 #include "core/spec.h"
+#include "experts/slots.h"
 
 namespace flashmoe {
 
 class ExpertStore {
-  static constexpr int kMaxParts = 9;  // weight, scales and biases of gate, up and down
-
  public:
   struct Arrived {
     int expert;
     Matrix gate, up, down;
-  };
-
-  struct Options {
-    // Slots to have at least: a token's experts being computed, and as many being read.
-    int min_slots = 1;
-    // As many slots as fit into it, but no more than there are experts.
-    int64_t cache_bytes = 0;
-    // Reads past the page cache where files allow it: what is in a slot is not there as well.
-    bool direct = false;
-    // Asked whenever slots beyond the least are to be used for the first time: whether the machine
-    // can still spare so many bytes. Once it cannot, the cache stays as large as it is. Memory is
-    // granted as it is first touched, so that what others take meanwhile counts. Empty: always.
-    std::function<bool(int64_t bytes)> may_grow;
   };
 
   struct Statistics {
@@ -57,9 +43,13 @@ class ExpertStore {
     double wait_seconds = 0;  // that next() waited
   };
 
-  // Files and specs must outlive the store.
+  // Files and specs must outlive the store. may_grow is asked whenever slots beyond the least are
+  // to be used for the first time: whether the machine can still spare so many bytes. Once it
+  // cannot, the cache stays as large as it is. Memory is granted as it is first touched, so that
+  // what others take meanwhile counts. Empty: always.
   ExpertStore(Backend& backend, IoQueue& io, const std::vector<std::unique_ptr<File>>& files,
-              const std::vector<ExpertsSpec>& layers, const Options& options);
+              const std::vector<ExpertsSpec>& layers, const SlotOptions& options,
+              std::function<bool(int64_t bytes)> may_grow);
   ~ExpertStore();
   ExpertStore(const ExpertStore&) = delete;
   ExpertStore& operator=(const ExpertStore&) = delete;
@@ -91,8 +81,7 @@ class ExpertStore {
   std::string find_not_finite(int layer, std::span<const int32_t> experts) const;
 
   Statistics statistics() const;
-  bool direct() const { return direct_; }
-  int64_t slot_bytes() const { return stride_ * open_; }
+  int64_t slot_bytes() const { return size_.stride * open_; }
 
  private:
   // Why a slot is pinned: start() asked for it, or read_ahead() did, or that turned out in vain.
@@ -108,20 +97,7 @@ class ExpertStore {
     std::array<int64_t, kMaxParts> parts;  // where they begin in the slot
   };
 
-  struct Piece {  // one read
-    int file;
-    int64_t offset, length, slot_offset;
-    bool direct;  // past the page cache
-  };
-
-  // How an expert lies in a slot, and the reads that bring it there.
-  struct Layout {
-    std::vector<Piece> pieces;
-    std::array<int64_t, kMaxParts> parts;
-    int64_t bytes = 0;
-  };
-
-  std::byte* memory(int slot) const { return slab_.get() + stride_ * slot; }
+  std::byte* memory(int slot) const { return slab_.get() + size_.stride * slot; }
   int64_t index(int layer, int expert) const { return layer_base_[layer] + expert; }
   int& slot_of(int layer, int expert) { return slot_of_[index(layer, expert)]; }
   int choose_slot();
@@ -135,23 +111,21 @@ class ExpertStore {
   void release();
   void absorb_landed();
   std::exception_ptr take_landed();
-  void read(int slot, const Piece& piece);
+  void read(int slot, const SlotLayout::Read& part);
   void pin(int slot);
   void unpin(int slot);
   void forget(int slot);
-  Layout layout(const ExpertsSpec& spec, int expert) const;
   Arrived arrived(int slot) const;
 
   IoQueue& io_;
   const std::vector<std::unique_ptr<File>>& files_;
   const std::vector<ExpertsSpec>& layers_;
-  const int64_t alignment_;  // of a part in its slot
-  bool direct_;
+  const SlotOptions options_;
+  const Slots size_;
   std::vector<int64_t> layer_base_;
   std::vector<int> slot_of_;  // by index(); -1: in no slot
   std::vector<float> uses_;   // by index(), each use times what weight_ was then
   float weight_ = 1;          // of a use now; doubles every kHalfLife tokens
-  int64_t stride_ = 0;
   std::vector<Slot> slots_;
   Buffer slab_;
   // How much a slot is worth keeping: its expert's uses_, less than any where it is empty,

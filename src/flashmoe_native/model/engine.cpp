@@ -10,10 +10,8 @@
 namespace flashmoe {
 namespace {
 
-constexpr int kReadsAtOnce = 8;
-
-std::unique_ptr<Backend> open_backend(const Engine::Options& options, const ModelConfig& config) {
-  std::unique_ptr<Backend> backend = make_backend(options);
+std::unique_ptr<Backend> open_backend(const Setting& setting, const ModelConfig& config) {
+  std::unique_ptr<Backend> backend = make_backend(setting);
   backend->require({.conv_taps = config.linear_conv_kernel_dim,
                     .key_dim = config.linear_key_head_dim,
                     .value_dim = config.linear_value_head_dim,
@@ -31,14 +29,14 @@ std::vector<std::unique_ptr<File>> open_all(const std::vector<std::string>& path
 
 }  // namespace
 
-std::unique_ptr<Backend> make_backend(const Engine::Options& options) {
-  if (options.backend == "cpu") {
-    return make_cpu_backend(parse_precision(options.precision), options.threads);
+std::unique_ptr<Backend> make_backend(const Setting& setting) {
+  if (setting.backend == "cpu") {
+    return make_cpu_backend(parse_precision(setting.precision), setting.threads);
   }
 #ifdef FLASHMOE_METAL
-  if (options.backend == "metal") return make_metal_backend(options.kernels, options.overlap);
+  if (setting.backend == "metal") return make_metal_backend(setting.kernels, setting.overlap);
 #endif
-  throw std::invalid_argument("no such backend here: " + options.backend);
+  throw std::invalid_argument("no such backend here: " + setting.backend);
 }
 
 std::vector<std::string> Engine::backends() {
@@ -49,22 +47,23 @@ std::vector<std::string> Engine::backends() {
 #endif
 }
 
-Engine::Engine(ModelConfig config, CheckpointSpec spec, const Options& options,
-               const Progress& progress)
+Engine::Engine(ModelConfig config, CheckpointSpec spec, Setting setting, const Progress& progress)
     : config_(std::move(config)),
       spec_(std::move(spec)),
-      options_(options),
-      backend_(open_backend(options, config_)),
+      setting_(std::move(setting)),
+      backend_(open_backend(setting_, config_)),
       files_(open_all(spec_.files)),
-      io_(std::make_unique<IoQueue>(kReadsAtOnce)),
-      weights_(std::make_unique<Weights>(*backend_, *io_, files_, spec_, config_, progress)) {
-  const ExpertStore::Options experts = {
-      .min_slots = std::max(2 * config_.experts_per_token, kReadsAtOnce),
-      .cache_bytes = options_.cache_bytes,
-      .direct = options_.cache_bytes > 0,
-      .may_grow = options_.may_grow};
-  store_ = std::make_unique<ExpertStore>(*backend_, *io_, files_, spec_.experts, experts);
-  forward_ = std::make_unique<Forward>(*backend_, config_, *weights_, *store_, options_.chunk);
+      io_(std::make_unique<IoQueue>(kReadsAtOnce)) {
+  Loader loader(*backend_, setting_.weight_rules(), *io_, files_, spec_);
+  weights_ = get_weights(loader, config_);
+  weight_memory_ = loader.finish(progress);
+  resident_bytes_ = loader.placement().bytes();
+  mapped_bytes_ = loader.placement().mapped_bytes();
+  SlotOptions slots = setting_.slot_options(config_.experts_per_token);
+  slots.direct = slots.direct && can_read_direct(files_, spec_.experts);
+  store_ = std::make_unique<ExpertStore>(*backend_, *io_, files_, spec_.experts, slots,
+                                         setting_.may_grow);
+  forward_ = std::make_unique<Forward>(*backend_, config_, weights_, *store_, setting_.chunk);
 }
 
 void Engine::require_open() const {
@@ -73,17 +72,14 @@ void Engine::require_open() const {
 
 State Engine::new_state() {
   require_open();
-  // Keys and values at half size cost less accuracy than 8-bit activations do; the reference keeps
-  // them whole.
-  const bool exact = parse_precision(options_.precision) == Precision::kFloat32;
-  return State(*backend_, config_, exact ? DType::F32 : DType::BF16);
+  return State(*backend_, config_, setting_.cache_dtype());
 }
 
 void Engine::forward(State& state, std::span<const int32_t> ids, const Output& out,
                      const std::function<void()>& check) {
   require_open();
   // A weight that is a part of its file's pages would end the process where the file no longer is.
-  if (weights_->mapped) {
+  if (mapped_bytes_ > 0) {
     for (const auto& file : files_) file->require_whole();
   }
   Stopwatch watch;
@@ -109,9 +105,10 @@ Engine::Statistics Engine::statistics() const {
   return {.experts = store_->statistics(),
           .rows = rows_,
           .forward_seconds = forward_seconds_,
-          .resident_bytes = weights_->bytes,
+          .resident_bytes = resident_bytes_,
           .slot_bytes = store_->slot_bytes(),
           .activation_bytes = forward_->bytes(),
+          .scratch_bytes = backend_->scratch_bytes(),
           .layers = forward_->layer_times(),
           .head_seconds = forward_->head_seconds(),
           .busy_seconds = backend_->busy_seconds()};
@@ -120,7 +117,7 @@ Engine::Statistics Engine::statistics() const {
 void Engine::close() {
   forward_.reset();
   store_.reset();
-  weights_.reset();
+  weight_memory_.clear();
   io_.reset();
   files_.clear();
   backend_->stop();  // states still have memory of it
@@ -140,7 +137,7 @@ void Engine::require_home() const {
 void Engine::abandon() {
   static_cast<void>(forward_.release());
   static_cast<void>(store_.release());
-  static_cast<void>(weights_.release());
+  for (Buffer& memory : weight_memory_) static_cast<void>(memory.release());
   static_cast<void>(io_.release());
   static_cast<void>(backend_.release());
   files_.clear();

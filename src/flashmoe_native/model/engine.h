@@ -18,6 +18,8 @@
 #include "experts/expert_store.h"
 #include "model/config.h"
 #include "model/forward.h"
+#include "model/loader.h"
+#include "model/setting.h"
 #include "model/state.h"
 #include "model/weights.h"
 
@@ -25,22 +27,11 @@ namespace flashmoe {
 
 class Engine {
  public:
-  struct Options {
-    std::string backend = "cpu";
-    std::string precision = "int8";  // or "float32"
-    int threads = 1;
-    int64_t cache_bytes = 0;  // for experts, in slots; 0 leaves caching to the page cache
-    int chunk = 256;
-    std::string kernels;   // where the sources of a GPU's kernels are
-    bool overlap = false;  // a GPU computes experts beside the reads of others
-    std::function<bool(int64_t bytes)> may_grow;  // see ExpertStore
-  };
-
   struct Statistics {
     ExpertStore::Statistics experts;
     int64_t rows = 0;  // passed to Forward
     double forward_seconds = 0;
-    int64_t resident_bytes = 0, slot_bytes = 0, activation_bytes = 0;
+    int64_t resident_bytes = 0, slot_bytes = 0, activation_bytes = 0, scratch_bytes = 0;
     std::vector<LayerTimes> layers;
     double head_seconds = 0;
     double busy_seconds = 0;  // of the backend's threads together
@@ -50,7 +41,7 @@ class Engine {
   static std::vector<std::string> backends();
 
   // Throws ReadError, CheckpointError and DeviceError.
-  Engine(ModelConfig config, CheckpointSpec spec, const Options& options, const Progress& progress);
+  Engine(ModelConfig config, CheckpointSpec spec, Setting setting, const Progress& progress);
   ~Engine();
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;
@@ -79,30 +70,32 @@ class Engine {
   void abandon();
 
   const ModelConfig& config() const { return config_; }
-  const std::string& backend() const { return options_.backend; }
+  const std::string& backend() const { return setting_.backend; }
 
  private:
   void require_open() const;
 
   const ModelConfig config_;
   const CheckpointSpec spec_;
-  const Options options_;
+  const Setting setting_;
   const Origin origin_;
   std::atomic<bool> close_asked_ = false;
   Turns turns_;
   int64_t rows_ = 0;
   double forward_seconds_ = 0;
+  int64_t resident_bytes_ = 0, mapped_bytes_ = 0;
 
   // In the order in which they need one another.
   std::unique_ptr<Backend> backend_;
   std::vector<std::unique_ptr<File>> files_;
   std::unique_ptr<IoQueue> io_;
-  std::unique_ptr<Weights> weights_;
+  std::vector<Buffer> weight_memory_;
+  Weights weights_;
   std::unique_ptr<ExpertStore> store_;
   std::unique_ptr<Forward> forward_;
 };
 
-// The backend that options ask for; throws std::invalid_argument where this build has it not.
-std::unique_ptr<Backend> make_backend(const Engine::Options& options);
+// The backend that a setting asks for; throws std::invalid_argument where this build has it not.
+std::unique_ptr<Backend> make_backend(const Setting& setting);
 
 }  // namespace flashmoe

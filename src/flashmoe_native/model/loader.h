@@ -4,7 +4,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <exception>
-#include <map>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -14,32 +14,32 @@
 #include "core/file.h"
 #include "core/io_queue.h"
 #include "core/spec.h"
+#include "model/placement.h"
 #include "model/weights.h"
 
 namespace flashmoe {
 
-class Loader {
- public:
-  Loader(Backend& backend, IoQueue& io, const std::vector<std::unique_ptr<File>>& files,
-         const CheckpointSpec& spec);
-  // Waits for reads under way.
-  ~Loader();
+// Called with (bytes read, bytes in all) while loading; may throw to stop.
+using Progress = std::function<void(int64_t, int64_t)>;
 
-  // Room for a tensor, whose bytes are there after finish().
-  Matrix matrix(const std::string& name);
-  // A tensor as float32, there at once. Throws CheckpointError where a value is not finite.
-  const float* vector(const std::string& name);
-  // A depthwise convolution [channels, kernel] as [kernel, channels].
-  const float* taps(const std::string& name, int channels, int kernel);
-  bool has_matrix(const std::string& name) const { return spec_.matrices.contains(name); }
+class Loader final : public WeightSource {
+ public:
+  Loader(Backend& backend, const WeightRules& rules, IoQueue& io,
+         const std::vector<std::unique_ptr<File>>& files, const CheckpointSpec& spec);
+  // Waits for reads under way.
+  ~Loader() override;
+
+  // Room for it; its bytes are there after finish().
+  Matrix matrix(const std::string& name) override;
+  // There at once. Throw CheckpointError where a value is not finite.
+  const float* vector(const std::string& name) override;
+  const float* taps(const std::string& name, int channels, int kernel) override;
 
   // Waits until every matrix is there; throws ReadError, or CheckpointError where an element, scale
-  // or bias is not finite.
-  void finish(const Progress& progress);
+  // or bias is not finite. Gives the memory that all weights lie in.
+  std::vector<Buffer> finish(const Progress& progress);
 
-  int64_t bytes() const { return bytes_; }
-  bool mapped() const { return mapped_; }
-  std::vector<Buffer> take_buffers() { return std::move(buffers_); }
+  const Placement& placement() const { return placement_; }
 
  private:
   struct Part {
@@ -50,20 +50,10 @@ class Loader {
     DType dtype;
   };
 
-  // Neighbours in a file, mapped together.
-  struct Run {
-    int64_t begin, end;
-    std::byte* data = nullptr;
-    bool tried = false;
-  };
-
-  // The runs of tensors that may be used where they lie in their files.
-  void find_runs();
-  // Where such a tensor is, or null.
-  std::byte* map(const Extent& extent);
   // Where a tensor's bytes are, or will be after finish().
   std::byte* place(const std::vector<Extent>& extents, int64_t length);
-  std::byte* allocate(int64_t length);
+  // The memory of a place, which it gets where it is new; null where it cannot be mapped.
+  std::byte* address(const Placement::Place& place);
   std::vector<float> floats(const std::string& name);
   const float* keep(const std::vector<float>& values);
   void read(const std::vector<Extent>& extents, std::byte* to);
@@ -73,13 +63,8 @@ class Loader {
   Backend& backend_;
   IoQueue& io_;
   const std::vector<std::unique_ptr<File>>& files_;
-  const CheckpointSpec& spec_;
-  std::vector<Buffer> buffers_;
-  std::map<int, std::vector<Run>> runs_;  // by file, in order
-  bool mapped_ = false;
-  std::byte* block_ = nullptr;  // what is left of a block that small tensors share
-  int64_t block_left_ = 0;
-  int64_t bytes_ = 0;
+  Placement placement_;
+  std::vector<Buffer> buffers_;  // of placement_'s pieces
   std::vector<Part> to_check_;
 
   std::mutex mutex_;

@@ -7,15 +7,12 @@
 #include <utility>
 
 #include "core/error.h"
+#include "core/round.h"
 
 namespace flashmoe {
 namespace {
 
 constexpr int64_t kCacheStep = 256;  // caches grow by half, in multiples of so many tokens
-
-int64_t padded(int64_t tokens) {
-  return (tokens + kCacheStep - 1) / kCacheStep * kCacheStep;
-}
 
 size_t conv_bytes_of(const ModelConfig& config) {
   return sizeof(float) * static_cast<size_t>(config.linear_conv_kernel_dim - 1) *
@@ -27,7 +24,31 @@ size_t recurrent_bytes_of(const ModelConfig& config) {
          config.linear_key_head_dim * config.linear_value_head_dim;
 }
 
+// Keys and values of an attention layer.
+int64_t layer_bytes(const ModelConfig& config, DType cache_dtype, int64_t capacity) {
+  return 2 * static_cast<int64_t>(size_of(cache_dtype)) * config.num_key_value_heads *
+         config.head_dim * capacity;
+}
+
+int64_t attention_layers(const ModelConfig& config) {
+  return std::count(config.attention_layers.begin(), config.attention_layers.end(), true);
+}
+
 }  // namespace
+
+int64_t delta_bytes(const ModelConfig& config) {
+  const int64_t layers = config.layers() - attention_layers(config);
+  return layers * static_cast<int64_t>(conv_bytes_of(config) + recurrent_bytes_of(config));
+}
+
+int64_t key_value_bytes(const ModelConfig& config, DType cache_dtype, int64_t capacity) {
+  return attention_layers(config) * layer_bytes(config, cache_dtype, capacity);
+}
+
+int64_t grown_capacity(int64_t capacity, int64_t tokens) {
+  if (tokens <= capacity) return capacity;
+  return round_up(std::max(tokens, capacity + capacity / 2), kCacheStep);
+}
 
 std::vector<DeltaState> allocate_deltas(Backend& backend, const ModelConfig& config) {
   std::vector<DeltaState> result;
@@ -64,10 +85,7 @@ size_t State::row_bytes() const {
 }
 
 int64_t State::bytes() const {
-  const auto attention =
-      std::count(config_->attention_layers.begin(), config_->attention_layers.end(), true);
-  const auto recurrent = static_cast<int64_t>(conv_bytes() + recurrent_bytes());
-  return key_values_->bytes + (config_->layers() - attention) * recurrent;
+  return key_values_->bytes + delta_bytes(*config_);
 }
 
 KeyValueCache State::copy(const KeyValueCache& old, int64_t length, int64_t capacity) const {
@@ -122,7 +140,7 @@ void State::reserve(int64_t tokens) try {
     if (key_values_.use_count() > 1) {
       auto own = std::make_shared<KeyValues>();
       for (const KeyValueCache& old : key_values_->layers) {
-        own->layers.push_back(old.capacity > 0 ? copy(old, position_, padded(tokens))
+        own->layers.push_back(old.capacity > 0 ? copy(old, position_, grown_capacity(0, tokens))
                                                : KeyValueCache{});
       }
       key_values_ = std::move(own);
@@ -132,13 +150,11 @@ void State::reserve(int64_t tokens) try {
   for (int layer = 0; layer < config_->layers(); ++layer) {
     KeyValueCache& cache = key_values_->layers[layer];
     if (!config_->attention_layers[layer] || tokens <= cache.capacity) continue;
-    const int64_t wanted = std::max(tokens, cache.capacity + cache.capacity / 2);
-    cache = copy(cache, position_, padded(wanted));
+    cache = copy(cache, position_, grown_capacity(cache.capacity, tokens));
   }
   int64_t capacity = 0;  // of all layers
   for (const KeyValueCache& cache : key_values_->layers) capacity += cache.capacity;
-  key_values_->bytes =
-      static_cast<int64_t>(2 * row_bytes()) * config_->num_key_value_heads * capacity;
+  key_values_->bytes = layer_bytes(*config_, cache_dtype_, capacity);
 } catch (const std::bad_alloc&) {
   throw OutOfMemoryError("the system does not grant the memory for keys and values of " +
                          std::to_string(tokens) + " tokens; the state still holds " +

@@ -85,4 +85,11 @@ class State {
 // The DeltaStates of all layers, none for attention layers.
 std::vector<DeltaState> allocate_deltas(Backend& backend, const ModelConfig& config);
 
+// What states take: bytes of the DeltaStates of all layers; of the keys and values of all layers,
+// with room for `capacity` tokens; and the tokens that a cache has room for, when one of `capacity`
+// has to hold so many.
+int64_t delta_bytes(const ModelConfig& config);
+int64_t key_value_bytes(const ModelConfig& config, DType cache_dtype, int64_t capacity);
+int64_t grown_capacity(int64_t capacity, int64_t tokens);
+
 }  // namespace flashmoe

@@ -1,14 +1,10 @@
-// What every token needs, resident in the backend's memory, by layer.
+// What every token needs, resident in memory, by layer.
 #pragma once
 
-#include <functional>
-#include <memory>
 #include <string>
 #include <vector>
 
 #include "backend/backend.h"
-#include "core/file.h"
-#include "core/io_queue.h"
 #include "core/spec.h"
 #include "model/config.h"
 
@@ -38,24 +34,35 @@ struct LayerWeights {
   Matrix shared_expert_gate;  // [1, hidden]
 };
 
-// Called with (bytes read, bytes in all) while loading; may throw to stop.
-using Progress = std::function<void(int64_t, int64_t)>;
-
-class Weights {
- public:
-  // Reads every resident tensor. Throws ReadError, and CheckpointError where a value is not finite.
-  Weights(Backend& backend, IoQueue& io, const std::vector<std::unique_ptr<File>>& files,
-          const CheckpointSpec& spec, const ModelConfig& config, const Progress& progress);
-
+struct Weights {
   Matrix embed_tokens;
   Matrix lm_head;  // embed_tokens itself where they are tied
   const float* norm = nullptr;
   std::vector<LayerWeights> layers;
-  int64_t bytes = 0;
-  bool mapped = false;  // some are pages of their files
-
- private:
-  std::vector<Buffer> buffers_;
 };
+
+// Gives weights by their canonical names (docs/checkpoints.md). Throws CheckpointError for a name
+// that there is not.
+class WeightSource {
+ public:
+  explicit WeightSource(const CheckpointSpec& spec) : spec_(spec) {}
+  virtual ~WeightSource() = default;
+
+  bool has_matrix(const std::string& name) const { return spec_.matrices.contains(name); }
+  virtual Matrix matrix(const std::string& name) = 0;
+  // A tensor as float32.
+  virtual const float* vector(const std::string& name) = 0;
+  // A depthwise convolution [channels, kernel] as [kernel, channels].
+  virtual const float* taps(const std::string& name, int channels, int kernel) = 0;
+
+ protected:
+  const MatrixSpec& find_matrix(const std::string& name) const;
+  const VectorSpec& find_vector(const std::string& name) const;
+
+  const CheckpointSpec& spec_;
+};
+
+// Every resident weight of the architecture, each asked for once.
+Weights get_weights(WeightSource& from, const ModelConfig& config);
 
 }  // namespace flashmoe

@@ -10,6 +10,7 @@
 
 #include "backend/cpu/int8_inputs.h"
 #include "backend/cpu/kernels.h"
+#include "backend/cpu/scratch.h"
 #include "core/memory.h"
 #include "core/thread_pool.h"
 
@@ -41,17 +42,26 @@ class CpuBackend final : public Backend {
  public:
   CpuBackend(Precision precision, int threads)
       : kernels_(select_kernels()),
+        precision_(precision),
         int8_(precision == Precision::kInt8),
         pool_(threads),
         inputs_(kernels_),
         per_thread_(static_cast<size_t>(pool_.threads())) {}
 
   Buffer allocate(Memory, size_t bytes, size_t) override { return allocate_pages(bytes); }
-  int weight_alignment() const override { return 2; }
   Buffer map(const File&, int64_t, int64_t) override { return nullptr; }
   void finish() override {}
   double busy_seconds() const override { return pool_.busy_seconds(); }
   void stop() override { pool_.stop(); }
+
+  int64_t scratch_bytes() const override {
+    int64_t total = inputs_.bytes();
+    for (const Scratch* scratch : {&queries_, &partials_, &activations_, &down_memory_}) {
+      total += scratch->bytes();
+    }
+    for (const Scratch& scratch : per_thread_) total += scratch.bytes();
+    return total;
+  }
 
   void embed(const Matrix& table, std::span<const int32_t> ids, float* out) override {
     for_each(static_cast<int>(ids.size()), table.cols,
@@ -174,6 +184,7 @@ class CpuBackend final : public Backend {
   }
 
   const Kernels& kernels_;
+  const Precision precision_;
   const bool int8_;
   ThreadPool pool_;
   Int8Inputs inputs_;
@@ -188,20 +199,14 @@ class CpuBackend final : public Backend {
 
 void CpuBackend::attention(int n, const AttentionCall& call) {
   const int width = padded(call.head_dim), group = call.heads / call.kv_heads;
-  float* q = queries_.get<float>(static_cast<size_t>(n) * call.heads * width);
+  const AttentionDivision division(n, call, pool_.threads());
+  const int tokens = division.tokens, units = division.units, key_blocks = division.key_blocks;
+  const size_t queries = division.queries, partial_floats = division.partial_floats;
+  float* q = queries_.get<float>(division.query_floats);
   for_each(n, (call.heads + call.kv_heads) * width, [&](int t) {
     std::vector<float> scratch(2 * static_cast<size_t>(width));
     kernels_.attention_append(call, t, q, scratch.data());
   });
-
-  constexpr int kQueries = 64;        // of a task: its scores are 64 KiB
-  constexpr int kUnitsPerThread = 8;  // with fewer, the keys are divided too, which takes memory
-  const int tokens = std::max(1, kQueries / group);
-  const int token_blocks = divide_up(n, tokens);
-  const int key_blocks = divide_up(call.position + n, kKeyBlock);
-  const int units = call.kv_heads * token_blocks;
-  const size_t queries = static_cast<size_t>(std::min(tokens, n)) * group;
-  const size_t partial_floats = queries * (2 + static_cast<size_t>(width));
 
   const auto partial_at = [&](float* memory) {
     return AttentionPartial{memory, memory + queries, memory + 2 * queries};
@@ -221,11 +226,10 @@ void CpuBackend::attention(int n, const AttentionCall& call) {
     kernels_.attention_merge((block.last - block.first) * group, call.head_dim, into, from);
   };
 
-  if (units >= kUnitsPerThread * pool_.threads() || pool_.threads() == 1 || key_blocks == 1) {
+  if (!division.by_keys) {
     pool_.parallel_for(units, [&](int unit, int thread) {
       AttentionBlock block = unit_block(unit);
-      float* memory =
-          per_thread_[thread].get<float>(2 * partial_floats + attention_scratch(call, block));
+      float* memory = per_thread_[thread].get<float>(division.thread_floats);
       const AttentionPartial total = partial_at(memory), part = partial_at(memory + partial_floats);
       for (int key_block = 0; key_block < key_blocks && select_keys(block, key_block);
            ++key_block) {
@@ -238,7 +242,7 @@ void CpuBackend::attention(int n, const AttentionCall& call) {
     return;
   }
 
-  float* partials = partials_.get<float>(partial_floats * units * key_blocks);
+  float* partials = partials_.get<float>(division.shared_floats);
   const auto partial_of = [&](int unit, int key_block) {
     return partial_at(partials +
                       partial_floats * (static_cast<size_t>(unit) * key_blocks + key_block));
@@ -248,7 +252,7 @@ void CpuBackend::attention(int n, const AttentionCall& call) {
     AttentionBlock block = unit_block(unit);
     if (!select_keys(block, key_block)) return;
     kernels_.attention_block(call, block, q, partial_of(unit, key_block),
-                             per_thread_[thread].get<float>(attention_scratch(call, block)));
+                             per_thread_[thread].get<float>(division.thread_floats));
   });
   pool_.parallel_for(units, [&](int unit, int) {
     AttentionBlock block = unit_block(unit);
@@ -321,12 +325,12 @@ void CpuBackend::experts(int n, const float* x, std::span<const ExpertCall> call
   int64_t cells = 0;
   for (const ExpertCall& call : calls) {
     offsets_.push_back(floats);
-    floats += call.tokens.size() * static_cast<size_t>(padded(call.gate.rows));
+    floats += activation_floats(call);
     first_tasks += divide_up(call.gate.rows, unit(call)) * token_blocks(call);
     ends_.push_back(first_tasks);
     second_rows = std::max(second_rows, call.down.rows);
     cells += int64_t{call.down.cols} * static_cast<int64_t>(call.tokens.size());
-    if (quantised(call.down)) bytes += int8_bytes(call.down, static_cast<int>(call.tokens.size()));
+    bytes += down_input_bytes(call, precision_);
   }
   float* gates = activations_.get<float>(2 * floats);
   float* ups = gates + floats;
@@ -336,7 +340,7 @@ void CpuBackend::experts(int n, const float* x, std::span<const ExpertCall> call
     down_inputs_.push_back({});
     if (!quantised(call.down)) continue;
     down_inputs_.back() = make_int8_input(call.down, tokens, memory);
-    memory += int8_bytes(call.down, tokens);
+    memory += down_input_bytes(call, precision_);
   }
 
   pool_.parallel_for(first_tasks, [&](int task, int) {

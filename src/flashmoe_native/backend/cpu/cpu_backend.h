@@ -11,6 +11,8 @@ enum class Precision { kFloat32, kInt8 };
 // "float32" or "int8"; throws std::invalid_argument.
 Precision parse_precision(const std::string& name);
 
+constexpr WeightRules kCpuWeights{.alignment = 2, .maps = false};
+
 // `threads` computes with so many threads, the caller's among them. Results do not depend on it,
 // nor on how tokens are divided into calls. kInt8 quantises the inputs of quantised matrices to 8
 // bits per group; kFloat32 keeps them.

@@ -63,11 +63,17 @@ void Int8Inputs::begin(int n, int cols) {
 
 void Int8Inputs::want(const Matrix& weight) {
   if (weight.bits == 0) return;
-  Format& format = formats_[index(weight)];
+  Format& format = formats_[Int8Inputs::format(weight)];
   if (format.wanted) return;
   format.wanted = true;
   std::byte* memory = format.memory.get<std::byte>(int8_bytes(weight, n_));
   format.input = make_int8_input(weight, n_, memory);
+}
+
+int64_t Int8Inputs::bytes() const {
+  int64_t total = 0;
+  for (const Format& format : formats_) total += format.memory.bytes();
+  return total;
 }
 
 void Int8Inputs::need(std::span<const int32_t> tokens) {

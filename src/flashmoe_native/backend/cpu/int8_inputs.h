@@ -28,7 +28,14 @@ class Int8Inputs {
   std::span<const int32_t> needed() const { return needed_; }
   // One token in every wanted format; different tokens may be quantised at the same time.
   void quantise(const float* row, int token);
-  const Int8Input& get(const Matrix& weight) const { return formats_[index(weight)].input; }
+  const Int8Input& get(const Matrix& weight) const { return formats_[format(weight)].input; }
+  int64_t bytes() const;
+
+  // bits 2, 4, 8 by group 32, 64, 128.
+  static constexpr size_t kFormats = 9;
+  static size_t format(const Matrix& weight) {
+    return static_cast<size_t>(weight.bits / 4 * 3 + weight.group / 64);
+  }
 
  private:
   struct Format {
@@ -36,13 +43,9 @@ class Int8Inputs {
     Int8Input input;
     Scratch memory;
   };
-  // bits 2, 4, 8 by group 32, 64, 128.
-  static size_t index(const Matrix& weight) {
-    return static_cast<size_t>(weight.bits / 4 * 3 + weight.group / 64);
-  }
 
   const Kernels& kernels_;
-  std::array<Format, 9> formats_;
+  std::array<Format, kFormats> formats_;
   int n_ = 0, cols_ = 0;
   std::vector<bool> is_needed_;
   std::vector<int32_t> needed_;

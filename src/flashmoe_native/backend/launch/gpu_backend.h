@@ -33,7 +33,6 @@ class GpuBackend : public Backend {
       : overlap_(overlap), tuning_(tuning) {}
 
   void require(const Shapes& shapes) const override;
-  int weight_alignment() const override { return 16; }  // bytes: what kernels load at once
 
   void embed(const Matrix& table, std::span<const int32_t> ids, float* out) override;
   void rms_norm(int n, int width, const float* x, const float* weight, float eps,

@@ -8,6 +8,9 @@
 
 namespace flashmoe {
 
+// The alignment is what kernels load at once.
+constexpr WeightRules kMetalWeights{.alignment = 16, .maps = true};
+
 // `kernels` is the directory of the .metal files, which are compiled here. With `overlap` experts
 // are computed as soon as they are asked for, beside the reads of others; else all experts of a
 // layer together when they have been read, for on Apple GPU and SSD share the memory's bandwidth.

@@ -48,7 +48,6 @@ class MetalBackend final : public GpuBackend {
   }
 
   Buffer map(const File& file, int64_t offset, int64_t length) override {
-    if (offset % weight_alignment() != 0) return nullptr;
     const Pool pool;
     return memory_.map(file, offset, length);
   }
