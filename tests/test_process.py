@@ -146,7 +146,7 @@ ACTIONS = {
     "logits": ("model.logits([1])", ["refused", "on"]),
     "generate": ("list(model.generate([1], max_tokens=1))", ["refused", "on"]),
     "new_state": ("model.new_state()", ["refused", "on"]),
-    "fork": ("state.fork()", ["refused", "on"]),
+    "fork": ("state.fork()", ["done", "on"]),
     "save": ("state.save('/dev/null')", ["refused", "on"]),
     "close": ("model.close()", ["done", "closed", "closed"]),
 }

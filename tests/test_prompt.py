@@ -4,7 +4,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from conversing import Scripted, as_message, call_text, model_with_template
+from conversing import Scripted, as_message, model_with_template
 from test_chat import TOOLS, TOOLS_TEMPLATE
 
 import flashmoe
@@ -120,7 +120,8 @@ def test_reasoning_that_the_template_drops_is_not_read(model) -> None:
 
 
 def test_calls_are_read_as_they_were_drawn(model) -> None:
-    said = "Hm.\n</think>\n\n" + call_text({"city": "Oslo", "days": 3}).replace("weather", "now")
+    call = "<tool_call>\n<function=now>\n</function>\n</tool_call>"
+    said = f"Hm.\n</think>\n\n{call}"
     answer, ids = _said(model, [USER], said, spelled=True, tools=TOOLS)
     assert [call.name for call in answer.tool_calls] == ["now"]
     later = [USER, as_message(answer, reasoning=False), {"role": "tool", "content": "noon"}]
