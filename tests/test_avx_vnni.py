@@ -74,7 +74,7 @@ def test_it_agrees_with_the_portable_table(tmp_path: Path) -> None:
         pytest.skip("this processor has no AVX-512 VNNI")
     select = tmp_path / "select.cpp"
     select.write_text(SELECT)
-    names = ["kernels_portable", "kernels_avx_vnni", "cpu_backend", "int8_inputs"]
+    names = ["kernels_portable", "kernels_avx_vnni", "cpu_backend", "scratch", "int8_inputs"]
     sources = [NATIVE / f"backend/cpu/{name}.cpp" for name in names]
     sources += [NATIVE / "core/memory.cpp", NATIVE / "core/thread_pool.cpp", select]
     sources += [ROOT / "tests/native/kernels_test.cpp"]
