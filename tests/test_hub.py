@@ -25,10 +25,12 @@ def run_download(hub: Hub, source: str, **more: str) -> tuple[str, str]:
     result = subprocess.run(
         [sys.executable, "-c", script, source],
         env=environment(
-            HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}",
-            HF_HOME=str(home),
-            HF_HUB_DISABLE_XET="1",
-            **more,
+            **{
+                "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+                "HF_HOME": str(home),
+                "HF_HUB_DISABLE_XET": "1",
+                **more,
+            }
         ),
         cwd=hub.directory.parent,
         capture_output=True,
