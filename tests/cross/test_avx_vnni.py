@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NATIVE = ROOT / "src/flashmoe_native"
 SOURCE = NATIVE / "backend/cpu/kernels_avx_vnni.cpp"
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
