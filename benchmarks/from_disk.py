@@ -93,7 +93,7 @@ def run(name: str, source: Path, limit: int, task: dict[str, Any]) -> dict[str, 
 def lru_bytes(routing: np.ndarray, slots: int, expert: int, skip: int) -> float:
     """Bytes a token that an LRU cache of `slots` experts reads, after `skip` tokens.
 
-    routing: [tokens, layers, top_k] experts.
+    routing: [tokens, layers, experts_per_token] experts.
     """
     cache: OrderedDict[tuple[int, int], None] = OrderedDict()
     misses = 0

@@ -3,7 +3,7 @@
     python benchmarks/gguf_export.py CHECKPOINT OUT.gguf
 
 Matrices of 4 bits become Q4_0: exactly, where bias = -8 * scale (as in the checkpoints of
-make_checkpoint.py) and the scale fits float16; else they are quantised again. Others become F32.
+make_checkpoint.py) and the scale fits float16; else they are quantized again. Others become F32.
 llama.cpp keeps V heads tiled by K head ([r, Hk] where the checkpoint has [Hk, r]), so rows
 and columns of
 the GatedDeltaNet projections are moved accordingly (llama.cpp's conversion/qwen.py does the

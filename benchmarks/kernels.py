@@ -26,7 +26,7 @@ COLS = 4096
 
 
 def matrix(rows: int, bits: int, group: int) -> tuple[object, int]:
-    """A quantised matrix of random words, with bfloat16 scales, and its bytes."""
+    """A quantized matrix of random words, with bfloat16 scales, and its bytes."""
     rng = np.random.default_rng(0)
     words = rng.integers(0, 2**32, rows * COLS * bits // 32, dtype=np.uint32)
     scales = np.full(rows * COLS // group, 0x3C00, np.uint16)

@@ -28,13 +28,13 @@ from libraries import demo_in_transformers  # noqa: E402
 DEMO = Path(flashmoe.__file__).parent / "demo_model"
 
 
-def routes(ids: list[int], top_k: int) -> tuple[np.ndarray, np.ndarray]:
+def routes(ids: list[int], experts_per_token: int) -> tuple[np.ndarray, np.ndarray]:
     """The experts of each token and layer, and those that the layer before guessed: int
-    [tokens, layers, top_k]. Nothing guesses the first layer's: -1."""
+    [tokens, layers, experts_per_token]. Nothing guesses the first layer's: -1."""
     model = demo_in_transformers(DEMO)
     layers = model.model.layers
     for layer in layers:
-        layer.mlp.gate.top_k = top_k
+        layer.mlp.gate.top_k = experts_per_token
     states: list[torch.Tensor] = []
 
     def keep(_module: Any, inputs: tuple[torch.Tensor]) -> None:
@@ -49,7 +49,7 @@ def routes(ids: list[int], top_k: int) -> tuple[np.ndarray, np.ndarray]:
 
         def choose(layer: Any, state: torch.Tensor) -> np.ndarray:
             logits = layer.post_attention_layernorm(state) @ layer.mlp.gate.weight.T
-            return logits.topk(top_k, dim=-1).indices.numpy()
+            return logits.topk(experts_per_token, dim=-1).indices.numpy()
 
         true = [choose(layer, state) for layer, state in zip(layers, states, strict=True)]
         guessed = [choose(layers[i + 1], states[i]) for i in range(len(layers) - 1)]

@@ -1,9 +1,9 @@
-"""Makes a random checkpoint of any size, laid out as mlx-community's quantised Qwen3.5-MoE are.
+"""Makes a random checkpoint of any size, laid out as mlx-community's quantized Qwen3.5-MoE are.
 
     python benchmarks/make_checkpoint.py DST --preset m1 --layers 8 --bits 4
 
 Shapes, tensor names and formats are real and the weights are noise: for measuring speed, not text.
-Quantised words are drawn as random bits, so that writing runs at the speed of the disk; the scales
+Quantized words are drawn as random bits, so that writing runs at the speed of the disk; the scales
 give the weights that they stand for the standard deviation wanted.
 
 Routing is diverse on purpose. On a residual stream that random layers feed, all tokens soon look
@@ -56,7 +56,7 @@ class Shape:
     hidden: int
     layers: int
     experts: int
-    top_k: int
+    experts_per_token: int
     intermediate: int
     shared_intermediate: int
     vocab: int
@@ -319,7 +319,7 @@ def _config(shape: Shape) -> dict[str, Any]:
             "linear_value_head_dim": shape.linear_head_dim,
             "linear_conv_kernel_dim": 4,
             "num_experts": shape.experts,
-            "num_experts_per_tok": shape.top_k,
+            "num_experts_per_tok": shape.experts_per_token,
             "moe_intermediate_size": shape.intermediate,
             "shared_expert_intermediate_size": shape.shared_intermediate,
             "hidden_act": "silu",

@@ -43,7 +43,7 @@ ANSWER = 256  # tokens; the longest right answer has fewer
 
 
 def checkpoints(model: Path, work: Path) -> dict[str, Path]:
-    """The model at each width. 4 bits is as mlx-lm quantised it, which is what the package ships."""
+    """The model at each width. 4 bits is as mlx-lm quantized it, which is what the package ships."""
     bf16, mlx = model / "bf16", model / "mlx-4bit"
     packs = {"8": (bf16, 8), "2": (bf16, 2), "2of4": (mlx, 2)}
     for name, (source, bits) in packs.items():

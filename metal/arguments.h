@@ -129,7 +129,7 @@ struct NormArguments {
 // Grid of matvec (few tokens): (blocks, tokens), kMatvecThreads threads; a block has
 // matvec_block_rows(quads) rows. Grid of matmul (prompts): (blocks, ceil(tokens / kTileTokens)),
 // kTileThreads threads; a block has kTileRows rows. No block has rows of two matrices.
-// Constants: kBits, kGroup, kDType. Columns are a multiple of `group` where quantised, else any.
+// Constants: kBits, kGroup, kDType. Columns are a multiple of `group` where quantized, else any.
 // Rows are any.
 
 struct ProductEntry {
@@ -260,7 +260,7 @@ struct FiniteArguments {
 //   experts_gate_up_tiles  grid (ceil(intermediate / kTileRows), tiles)
 //   experts_down_tiles     grid (ceil(hidden / kTileRows), tiles)
 // Constants: gate_up kBits.. (gate) and kSecondBits.. (up); down kBits.. (down). All experts of a
-// dispatch share these. Hidden and intermediate are multiples of `group` where quantised, else any.
+// dispatch share these. Hidden and intermediate are multiples of `group` where quantized, else any.
 
 struct ExpertEntry {
   Stored gate, up, down;

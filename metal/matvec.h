@@ -70,15 +70,15 @@ INLINE Inputs load_inputs(threadgroup const float4* staged, threadgroup const fl
 
 enum : uint {
   kTwoTo23 = 0x4b000000,  // as a float
-  kMaxBits = 8,           // of a quantised element
+  kMaxBits = 8,           // of a quantized element
 };
 
-// Sum of q[i] x[i] over the 32 quantised elements of `words`. An element is neither shifted down to
+// Sum of q[i] x[i] over the 32 quantized elements of `words`. An element is neither shifted down to
 // its value nor converted: masked where it stands in half a word, it becomes the low bits of 2^23
 // (`magic`), which is then taken off. Elements that stand at the same place are added up together,
 // and these sums, 2^bits times too large from place to place, at the end.
 template <uint bits>
-INLINE float dot_quantised(thread const uint* words, thread const float* x, uint magic) {
+INLINE float dot_quantized(thread const uint* words, thread const float* x, uint magic) {
   enum : uint { kPlaces = 16 / bits, kMask = (1u << bits) - 1 };
   float at[kPlaces];
 #pragma unroll
@@ -140,7 +140,7 @@ INLINE uint row_of(RowPairs rows, uint q, uint r) {
   return min(rows.first + q * rows.step + r, rows.end - 1);
 }
 
-// What a row of a quantised weight holds for a lane's 32 columns, as stored.
+// What a row of a quantized weight holds for a lane's 32 columns, as stored.
 struct Fetched {
   uint words[kMaxBits];  // as many as an element has bits
   float scale, bias;
@@ -174,9 +174,9 @@ INLINE Fetched fetch(Format format, Stored w, uint block) {
 INLINE float dot_row(Format format, Stored w, uint block, thread const Inputs& in,
                      thread const Fetched& fetched, uint magic) {
   if (format.bits == 0) return dot_dense(format.dtype, w.weight, block, in);
-  const float dot = format.bits == 2   ? dot_quantised<2>(fetched.words, in.x, magic)
-                    : format.bits == 4 ? dot_quantised<4>(fetched.words, in.x, magic)
-                                       : dot_quantised<8>(fetched.words, in.x, magic);
+  const float dot = format.bits == 2   ? dot_quantized<2>(fetched.words, in.x, magic)
+                    : format.bits == 4 ? dot_quantized<4>(fetched.words, in.x, magic)
+                                       : dot_quantized<8>(fetched.words, in.x, magic);
   return fma(fetched.scale, dot, fetched.bias * in.sum);
 }
 

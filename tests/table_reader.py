@@ -22,7 +22,7 @@ def read(checkpoint: Checkpoint, extents: Extents) -> bytes:
 
 
 def parts_of(checkpoint: Checkpoint, form: Format, parts: Sequence[Extents]) -> list[Tensor]:
-    """The weight [rows, ...]; words, scales and biases where it is quantised."""
+    """The weight [rows, ...]; words, scales and biases where it is quantized."""
     dtypes = ("U32", form.dtype, form.dtype) if form.bits else (form.dtype,)
     return [
         of_bytes(dtype, read(checkpoint, part)).map(lambda a: a.reshape(form.rows, -1))
@@ -33,7 +33,7 @@ def parts_of(checkpoint: Checkpoint, form: Format, parts: Sequence[Extents]) -> 
 def floats(
     checkpoint: Checkpoint, form: Format, parts: Sequence[Extents]
 ) -> npt.NDArray[np.float32]:
-    """[rows, cols], dequantised."""
+    """[rows, cols], dequantized."""
     if not form.bits:
         return parts_of(checkpoint, form, parts)[0].floats()
     words, scales, biases = parts_of(checkpoint, form, parts)

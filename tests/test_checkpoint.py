@@ -50,7 +50,7 @@ def by_canonical_name(values: dict[str, np.ndarray], config: ModelConfig) -> dic
 
 
 def as_stored(name: str, key: str, matrix: np.ndarray, dtype: str) -> np.ndarray:
-    """What is left of a matrix by canonical name once it is quantised as the variant's are."""
+    """What is left of a matrix by canonical name once it is quantized as the variant's are."""
     bits, group = VARIANTS[name].mlx or (16, 0)
     if bits != 16 and key.endswith(("mlp.gate", "shared_expert_gate")):
         bits, group = 8, 64
@@ -137,7 +137,7 @@ def test_columns_that_groups_do_not_divide_are_read_dense(checkpoint: Get) -> No
     assert experts.parts == 7
 
 
-def test_separate_quantised_experts_with_padding_are_read_as_stacked_ones(
+def test_separate_quantized_experts_with_padding_are_read_as_stacked_ones(
     checkpoint: Get, tmp_path: Path
 ) -> None:
     """pack's layout; the format of switch_mlp in config.json is that of each expert."""

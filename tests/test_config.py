@@ -166,7 +166,7 @@ def test_absurd_and_unsupported_values_are_refused_by_name(
         ("quantization_config", {"quant_method": "gptq", "bits": 4}, "gptq"),
     ],
 )
-def test_other_models_and_other_quantisations_are_refused_by_name(
+def test_other_models_and_other_quantizations_are_refused_by_name(
     tmp_path: Path, key: str, value: Any, reason: str
 ) -> None:
     with pytest.raises(CheckpointError, match=reason) as error:

@@ -366,7 +366,7 @@ def two_models_in_one_file(directory: Path) -> None:
     edit_tensors(directory, lambda tensors: tensors.update({EMBEDDING: zeros(320, 128)}))
 
 
-# Quantisation.
+# Quantization.
 
 
 @damage("mlx-4", WEIGHTS, f"{MLX}embed_tokens.weight", "expected [320, 32] for 8 bits")
@@ -386,7 +386,7 @@ def an_exception_that_is_missing(directory: Path) -> None:
 
 
 @damage("mlx-4", WEIGHTS, f"{MLX}layers.0.mlp.gate.weight", "does not say with how many bits")
-def an_exception_that_says_not_quantised(directory: Path) -> None:
+def an_exception_that_says_not_quantized(directory: Path) -> None:
     name = f"{MLX}layers.0.mlp.gate"
     edit_json(directory / CONFIG, lambda config: config["quantization"].update({name: False}))
 

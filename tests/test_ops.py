@@ -72,7 +72,7 @@ def dense(rng, rows, cols, dtype="F32"):
     return Weight(ops.Matrix(rows, cols, dtype, [misalign(stored)]), values)
 
 
-def quantised(rng, rows, cols, bits=4, group=64, dtype="BF16"):
+def quantized(rng, rows, cols, bits=4, group=64, dtype="BF16"):
     q = rng.integers(0, 2**bits, (rows, cols), dtype=np.uint32)
     step = rng.standard_normal((rows, cols // group)) / np.sqrt(cols) / 2 ** (bits - 1)
     s, scales = store(step, dtype)
@@ -107,10 +107,10 @@ def test_dense_product(isa, dtype, rows, cols):
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
 @pytest.mark.parametrize(("bits", "group"), FORMATS)
-def test_quantised_product_with_float32_inputs(isa, bits, group, dtype):
+def test_quantized_product_with_float32_inputs(isa, bits, group, dtype):
     rng = np.random.default_rng(bits * group)
     for rows, groups in ((3, 1), (21, 9)):
-        weight = quantised(rng, rows, groups * group, bits, group, dtype)
+        weight = quantized(rng, rows, groups * group, bits, group, dtype)
         for n in TOKENS:
             x = rng.standard_normal((n, groups * group), np.float32)
             (out,) = backend().matmul(x, [weight.native])
@@ -146,7 +146,7 @@ def int8_product(x, weight):
 def test_int8_product_is_the_defined_one_to_the_bit(isa, bits, group, dtype):
     rng = np.random.default_rng(bits + group)
     for rows, groups in ((1, 1), (3, 3), (17, 8), (53, 16), (36, 37)):
-        weight = quantised(rng, rows, groups * group, bits, group, dtype)
+        weight = quantized(rng, rows, groups * group, bits, group, dtype)
         for n in TOKENS:
             x = rng.standard_normal((n, groups * group), np.float32)
             (out,) = backend("int8").matmul(x, [weight.native])
@@ -156,7 +156,7 @@ def test_int8_product_is_the_defined_one_to_the_bit(isa, bits, group, dtype):
 @pytest.mark.parametrize("rows", [16, 32, 48, 53])
 def test_int8_product_of_any_number_of_tokens_is_the_defined_one(isa, rows):
     rng = np.random.default_rng(rows)
-    weight = quantised(rng, rows, 17 * 64)
+    weight = quantized(rng, rows, 17 * 64)
     x = rng.standard_normal((40, 17 * 64), np.float32)
     expected = int8_product(x, weight)
     for n in range(1, 41):
@@ -167,7 +167,7 @@ def test_int8_product_of_any_number_of_tokens_is_the_defined_one(isa, rows):
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_int8_product_of_extreme_values_does_not_saturate(isa, bits):
     rng = np.random.default_rng(bits)
-    weight = quantised(rng, 20, 512, bits, 128)
+    weight = quantized(rng, 20, 512, bits, 128)
     full = np.full(weight.q.shape, 2**bits - 1, np.uint32)
     words = np.full((20, 512 * bits // 32), 0xFFFFFFFF, np.uint32)
     scales, biases = to_bf16(weight.scales), to_bf16(weight.biases)
@@ -183,7 +183,7 @@ def test_int8_product_of_extreme_values_does_not_saturate(isa, bits):
 @pytest.mark.parametrize(("bits", "group"), FORMATS)
 def test_int8_product_is_near_the_exact_one(isa, bits, group):
     rng = np.random.default_rng(7)
-    weight = quantised(rng, 64, 16 * group, bits, group)
+    weight = quantized(rng, 64, 16 * group, bits, group)
     x = rng.standard_normal((4, 16 * group), np.float32)
     (out,) = backend("int8").matmul(x, [weight.native])
     exact = x @ weight.values.T
@@ -193,7 +193,7 @@ def test_int8_product_is_near_the_exact_one(isa, bits, group):
 
 def test_int8_product_carries_nan_infinity_and_zero(isa):
     rng = np.random.default_rng(8)
-    weight = quantised(rng, 4, 256)
+    weight = quantized(rng, 4, 256)
     x = np.zeros((3, 256), np.float32)
     x[1, 70] = np.nan
     x[2, 200] = np.inf
@@ -206,7 +206,7 @@ def test_int8_product_carries_nan_infinity_and_zero(isa):
 @pytest.mark.parametrize("groups", [8, 17])
 def test_int8_product_of_many_tokens_keeps_what_is_not_finite_to_itself(isa, groups):
     rng = np.random.default_rng(groups)
-    weight = quantised(rng, 53, 64 * groups)
+    weight = quantized(rng, 53, 64 * groups)
     x = rng.standard_normal((9, 64 * groups), np.float32)
     expected = int8_product(x, weight)
     x[3, 70] = np.nan
@@ -222,10 +222,10 @@ def test_int8_product_of_many_tokens_keeps_what_is_not_finite_to_itself(isa, gro
 def test_one_input_serves_matrices_of_several_formats(isa, precision):
     rng = np.random.default_rng(3)
     weights = [
-        quantised(rng, 130, 512),
-        quantised(rng, 1, 512, 8, 64),
+        quantized(rng, 130, 512),
+        quantized(rng, 1, 512, 8, 64),
         dense(rng, 7, 512, "BF16"),
-        quantised(rng, 40, 512, 4, 32, "F16"),
+        quantized(rng, 40, 512, 4, 32, "F16"),
     ]
     x = rng.standard_normal((5, 512), np.float32)
     outs = backend(precision).matmul(x, [weight.native for weight in weights])
@@ -236,7 +236,7 @@ def test_one_input_serves_matrices_of_several_formats(isa, precision):
 @pytest.mark.parametrize("precision", ["float32", "int8"])
 def test_product_is_added_to_what_the_output_holds(isa, precision):
     rng = np.random.default_rng(4)
-    weight = quantised(rng, 50, 256)
+    weight = quantized(rng, 50, 256)
     x = rng.standard_normal((20, 256), np.float32)
     start = rng.standard_normal((20, 50), np.float32)
     total = start.copy()
@@ -249,7 +249,7 @@ def test_product_is_added_to_what_the_output_holds(isa, precision):
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8"])
-@pytest.mark.parametrize(("width", "make"), [(64, quantised), (192, quantised), (41, dense)])
+@pytest.mark.parametrize(("width", "make"), [(64, quantized), (192, quantized), (41, dense)])
 def test_experts(isa, precision, width, make):
     rng = np.random.default_rng(width)
     n, hidden, count = 70, 128, 5
@@ -281,8 +281,8 @@ def test_experts_of_another_format_than_the_shared_one(isa):
     x = rng.standard_normal((1, 256), np.float32)
     calls, expected = [], []
     for row, (bits, group) in enumerate([(4, 64), (2, 128), (8, 32)]):
-        gate, up = (quantised(rng, 128, 256, bits, group) for _ in range(2))
-        down = quantised(rng, 256, 128, bits, group)
+        gate, up = (quantized(rng, 128, 256, bits, group) for _ in range(2))
+        down = quantized(rng, 256, 128, bits, group)
         calls.append((gate.native, up.native, down.native, np.int32([0]), np.int32([row])))
         inner = silu(x @ gate.values.T) * (x @ up.values.T)
         expected.append((inner @ down.values.T)[0])
@@ -299,7 +299,7 @@ def test_embed(isa, dtype):
     plain = dense(rng, 7, 72, dtype)
     close(backend().embed(plain.native, ids), plain.values[ids], 1e-7)
     for bits, group in FORMATS:
-        table = quantised(rng, 7, 3 * group, bits, group, dtype)
+        table = quantized(rng, 7, 3 * group, bits, group, dtype)
         close(backend().embed(table.native, ids), table.values[ids], 1e-6)
 
 
@@ -452,9 +452,9 @@ def test_combine(isa, hidden):
 def test_products_do_not_depend_on_batching_or_threads(isa, precision):
     rng = np.random.default_rng(5)
     weights = [
-        quantised(rng, 333, 1152, 4, 64),
-        quantised(rng, 70, 1152, 2, 32),
-        quantised(rng, 33, 1152, 8, 128),
+        quantized(rng, 333, 1152, 4, 64),
+        quantized(rng, 70, 1152, 2, 32),
+        quantized(rng, 33, 1152, 8, 128),
         dense(rng, 61, 1152, "BF16"),
     ]
     x = rng.standard_normal((65, 1152), np.float32)

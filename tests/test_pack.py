@@ -72,7 +72,7 @@ def content(directory: Path) -> dict[str, bytes]:
         ("mlx-2", 8, 64),
     ],
 )
-def test_every_quantised_tensor_is_what_mlx_makes_of_it(
+def test_every_quantized_tensor_is_what_mlx_makes_of_it(
     checkpoint: Get, tmp_path: Path, variant: str, bits: int, group: int
 ) -> None:
     opened = Checkpoint.open(checkpoint(variant))

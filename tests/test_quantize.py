@@ -1,4 +1,4 @@
-"""The affine quantiser is MLX's, bit for bit, and refuses what it cannot represent.
+"""The affine quantizer is MLX's, bit for bit, and refuses what it cannot represent.
 
 MLX's is written down in tensors.py; tests/reference/test_quantize.py compares both with mlx itself.
 """
@@ -21,7 +21,7 @@ def random_weights(group: int) -> np.ndarray:
 
 
 def adversarial_weights(group: int) -> np.ndarray:
-    """[rows, group]: each row aims at one decision of the quantiser."""
+    """[rows, group]: each row aims at one decision of the quantizer."""
     rng = np.random.default_rng(group)
     ramp = np.linspace(-1, 1, group)
     integers = rng.integers(-8, 8, (64, group))

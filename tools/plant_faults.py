@@ -178,7 +178,7 @@ FAULTS = (
         "ops parity",
     ),
     Fault(
-        N + "backend/cpu/int8_quantise.inl",
+        N + "backend/cpu/int8_quantize.inl",
         "scales[to] = largest_value / 127.0f;",
         "scales[to] = largest_value / 128.0f;",
         "ops",

@@ -170,16 +170,16 @@ def expert_bytes(calls: Sequence[Expert]) -> int:
     return sum(bytes_of(call.gate, call.up, call.down) for call in calls)
 
 
-def experts_of_decode(bench: Bench, top_k: int) -> None:
-    x, out = normal(1, HIDDEN), empty(top_k, HIDDEN)
-    calls = random_experts(top_k, [[0]] * top_k, [out] * top_k)
+def experts_of_decode(bench: Bench, experts_per_token: int) -> None:
+    x, out = normal(1, HIDDEN), empty(experts_per_token, HIDDEN)
+    calls = random_experts(experts_per_token, [[0]] * experts_per_token, [out] * experts_per_token)
     operation = ops.experts(x, calls)
 
     def check() -> float:
         return error_of(out, np.concatenate([references.expert_reference(x, c) for c in calls]))
 
     moved = expert_bytes(calls) + x.nbytes + out.nbytes
-    bench.line(f"experts, K={top_k}", operation, moved, check)
+    bench.line(f"experts, K={experts_per_token}", operation, moved, check)
 
 
 def experts_of_prompt(bench: Bench, count: int, tokens: int) -> None:
@@ -278,7 +278,7 @@ def small(bench: Bench) -> None:
     )
 
 
-def layer(bench: Bench, top_k: int, full_attention: bool, position: int = 4096) -> None:
+def layer(bench: Bench, experts_per_token: int, full_attention: bool, position: int = 4096) -> None:
     """A whole layer of decoding, as the Metal host encodes it, without its wait for the router."""
     stream = normal(1, HIDDEN)
     before = stream.copy()
@@ -314,10 +314,14 @@ def layer(bench: Bench, top_k: int, full_attention: bool, position: int = 4096) 
     operations.append(ops.rms_norm(stream, norms[1], 1e-6, normed_again))
     logits, gate = empty(1, EXPERTS), empty(1, 1)
     products(normed_again, [EXPERTS, 1], [logits, gate], bits=8)
-    ids, chosen = np.zeros((1, top_k), np.int32), empty(1, top_k)
+    ids, chosen = np.zeros((1, experts_per_token), np.int32), empty(1, experts_per_token)
     operations.append(ops.route(logits, True, ids, chosen, np.zeros(1, np.int32)))
-    routed, shared = empty(top_k, HIDDEN), empty(1, HIDDEN)
-    calls = random_experts(top_k + 1, [[0]] * (top_k + 1), [routed] * top_k + [shared])
+    routed, shared = empty(experts_per_token, HIDDEN), empty(1, HIDDEN)
+    calls = random_experts(
+        experts_per_token + 1,
+        [[0]] * (experts_per_token + 1),
+        [routed] * experts_per_token + [shared],
+    )
     calls[-1].out_rows = [0]
     operations.append(ops.experts(normed_again, calls))
     operations.append(ops.combine(stream, routed, chosen, shared, gate, norms[2], normed_last))
@@ -336,7 +340,7 @@ def layer(bench: Bench, top_k: int, full_attention: bool, position: int = 4096) 
             x += references.gated_delta_reference(d)[0] @ weights[4].values().T
         y = references.rms_norm_reference(x, norms[1], 1e-6)
         router, shared_gate = (y @ w.values().T for w in weights[-2:])
-        _, probabilities = references.route_reference(router, top_k, True)
+        _, probabilities = references.route_reference(router, experts_per_token, True)
         outs = [references.expert_reference(y, c) for c in calls]
         x = references.combine_reference(
             x, np.concatenate(outs[:-1]), probabilities, outs[-1], shared_gate[0]
@@ -348,15 +352,15 @@ def layer(bench: Bench, top_k: int, full_attention: bool, position: int = 4096) 
 
     kind = f"attention at {position}" if full_attention else "GatedDeltaNet"
     moved = bytes_of(*weights) + expert_bytes(calls) + extra
-    name = f"layer, {kind}, K={top_k}"
+    name = f"layer, {kind}, K={experts_per_token}"
     bench.line(name, operations, moved, check, 3e-3 if full_attention else 2e-5)
 
 
 def matvecs(bench: Bench) -> None:
     for rows, columns in [(1024, 4096), (4096, 1024), (16384, 4096), (4096, 8192), (VOCAB, 4096)]:
         product(bench, "matvec", 1, rows, columns)
-    for top_k in (4, 10):
-        experts_of_decode(bench, top_k)
+    for experts_per_token in (4, 10):
+        experts_of_decode(bench, experts_per_token)
 
 
 def everything(bench: Bench) -> None:
@@ -364,9 +368,9 @@ def everything(bench: Bench) -> None:
     for form in [(2, 64, BF16), (8, 64, BF16), (0, 0, BF16)]:
         product(bench, "matvec", 1, 16384, 4096, *form)
     product(bench, "matvec", 4, 16384, 4096)
-    for top_k in (4, 10):
-        layer(bench, top_k, full_attention=False)
-        layer(bench, top_k, full_attention=True)
+    for experts_per_token in (4, 10):
+        layer(bench, experts_per_token, full_attention=False)
+        layer(bench, experts_per_token, full_attention=True)
     small(bench)
     for tokens in (1, 128):
         conv(bench, tokens)

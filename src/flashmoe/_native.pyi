@@ -10,9 +10,9 @@ Extents = npt.NDArray[np.int64]
 """int64 [m, 3]: index of the file, offset in bytes, length in bytes."""
 
 class Format:
-    """A matrix's shape [rows, cols] and element type; bits 0 is dense, else affine-quantised.
+    """A matrix's shape [rows, cols] and element type; bits 0 is dense, else affine-quantized.
 
-    dtype is "F32", "F16" or "BF16": of the elements, or of scales and biases where quantised.
+    dtype is "F32", "F16" or "BF16": of the elements, or of scales and biases where quantized.
     """
 
     def __init__(self, rows: int, cols: int, dtype: str, bits: int = 0, group: int = 0) -> None: ...
@@ -188,7 +188,7 @@ def cpu_kernels() -> str:
 def quantize(
     weight: npt.NDArray[Any], dtype: str, bits: int, group: int
 ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[Any], npt.NDArray[Any]]:
-    """MLX's affine quantiser: words [..., cols * bits / 32], scales and biases [..., cols / group].
+    """MLX's affine quantizer: words [..., cols * bits / 32], scales and biases [..., cols / group].
 
     weight [..., cols] is float32, float16 or uint16 (holding bfloat16); dtype ("F32", "F16" or
     "BF16") is that of the scales and biases returned, in the same numpy types. Bits are 2, 4 or 8,

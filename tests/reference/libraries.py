@@ -43,9 +43,9 @@ def transformers_logits(model: torch.nn.Module, ids: np.ndarray) -> Logits:
 
 
 def mlx_logits(directory: Path, ids: np.ndarray) -> Logits:
-    """mlx-lm's forward pass over an MLX checkpoint, dequantised, in float32."""
+    """mlx-lm's forward pass over an MLX checkpoint, dequantized, in float32."""
     model, config = utils.load_model(directory)
-    # In float32 before it dequantises: in bfloat16 each weight would be rounded to 8 bits again.
+    # In float32 before it dequantizes: in bfloat16 each weight would be rounded to 8 bits again.
     model.update(
         tree_map(
             lambda a: a.astype(mx.float32) if mx.issubdtype(a.dtype, mx.floating) else a,
@@ -111,7 +111,7 @@ def _convert(source: Path, directory: Path, bits: int, group: int) -> None:
 
 
 def demo_in_transformers(directory: Path) -> Any:
-    """transformers' model in float32 with an MLX checkpoint's weights, dequantised by mlx."""
+    """transformers' model in float32 with an MLX checkpoint's weights, dequantized by mlx."""
     config = json.loads((directory / "config.json").read_text())
     stored = mx.load(str(directory / "model.safetensors"))
     found: dict[str, torch.Tensor] = {}

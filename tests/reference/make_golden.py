@@ -74,9 +74,9 @@ def demo() -> Arrays:
     for layer in model.model.layers:
         layer.mlp.gate.register_forward_hook(lambda _, __, out: routed.append(out[2].numpy()))
     rows = libraries.transformers_logits(model, ids)[golden.DEMO_ROWS]
-    quantised, _ = utils.load_model(DEMO)
+    quantized, _ = utils.load_model(DEMO)
     part = ids[: golden.PERPLEXITY_TOKENS]
-    theirs = np.array(quantised(mx.array(part[None, :-1])).astype(mx.float32))[0]
+    theirs = np.array(quantized(mx.array(part[None, :-1])).astype(mx.float32))[0]
     return {
         "logits": rows,
         "routing": np.stack(routed, axis=1).astype(np.uint8),

@@ -35,7 +35,7 @@ def read_dense(checkpoint: Checkpoint, extents: Extents, dtype: str) -> torch.Te
     return torch.frombuffer(bytearray(read(checkpoint, extents)), dtype=TORCH_DTYPES[dtype]).float()
 
 
-def dequantised(checkpoint: Checkpoint, format: Format, parts: list[Extents]) -> np.ndarray:
+def dequantized(checkpoint: Checkpoint, format: Format, parts: list[Extents]) -> np.ndarray:
     """float32 [rows, cols], by mlx."""
     if not format.bits:
         return (
@@ -132,7 +132,7 @@ def test_mlx_weights_are_those_of_mlx_lm(checkpoint: Get, name: str) -> None:
         return np.array(weight.astype(mx.float32))
 
     for key, matrix in stored.matrices.items():
-        found = dequantised(stored, matrix.format, list(matrix.parts))
+        found = dequantized(stored, matrix.format, list(matrix.parts))
         path = key if key == "lm_head" else f"model.{key}"
         if "in_proj_" in key and path not in modules:
             weight = by_key_head(expected, path, stored)
@@ -149,7 +149,7 @@ def test_mlx_weights_are_those_of_mlx_lm(checkpoint: Get, name: str) -> None:
             weights = expected(f"model.layers.{layer}.mlp.switch_mlp.{projection}_proj")
             for expert, weight in enumerate(weights):
                 parts = list(extents[expert, first : first + format.parts])
-                assert np.array_equal(dequantised(stored, format, parts), weight)
+                assert np.array_equal(dequantized(stored, format, parts), weight)
             first += format.parts
 
 

@@ -1,4 +1,4 @@
-"""The affine quantiser of this package, and that of the tests, against mlx itself, bit for bit."""
+"""The affine quantizer of this package, and that of the tests, against mlx itself, bit for bit."""
 
 import mlx.core as mx
 import numpy as np

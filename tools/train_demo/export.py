@@ -3,7 +3,7 @@
     python export.py TOKENIZER OUT STATE/246=0.2 STATE/553=0.4 STATE/810=0.4
 
 averages snapshots with these shares (one snapshot and no share is taken as it is), and writes
-OUT/bf16 and OUT/mlx-4bit. The second is what the package ships; its quantiser is mlx-lm's.
+OUT/bf16 and OUT/mlx-4bit. The second is what the package ships; its quantizer is mlx-lm's.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def export_bf16(weights: dict[str, torch.Tensor], tokenizer: Path, out: Path) ->
 
 
 def export_mlx(weights: dict[str, torch.Tensor], source: Path, out: Path) -> None:
-    """mlx-lm reads the nested configuration and fused experts: it is given both, then quantises."""
+    """mlx-lm reads the nested configuration and fused experts: it is given both, then quantizes."""
     nested = out.with_name("nested")
     shutil.rmtree(nested, ignore_errors=True)
     shutil.rmtree(out, ignore_errors=True)

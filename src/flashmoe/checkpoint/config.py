@@ -22,7 +22,7 @@ class Quantization:
     """MLX's affine format: the default (bits, group), and what departs from it.
 
     `exceptions` maps the path of a module as the checkpoint spells it (its tensors' names less
-    `.weight`, `.scales` or `.biases`) to (bits, group), or to None where it is not quantised.
+    `.weight`, `.scales` or `.biases`) to (bits, group), or to None where it is not quantized.
     One expert's `...mlp.experts.E.gate_proj` is covered by `...mlp.switch_mlp.gate_proj`.
     """
 
@@ -309,8 +309,8 @@ def _quantization(top: _Section, text: _Section) -> Quantization | None:
         raise section.error(
             "quant_method",
             method,
-            "MLX's affine quantisation: use the model's bf16 or MLX 4-bit edition"
-            " (mlx-community), or quantise the bf16 one with 'flashmoe pack'",
+            "MLX's affine quantization: use the model's bf16 or MLX 4-bit edition"
+            " (mlx-community), or quantize the bf16 one with 'flashmoe pack'",
         )
     exceptions: dict[str, tuple[int, int] | None] = {}
     for path, value in section.values.items():
@@ -325,7 +325,7 @@ def _quantization(top: _Section, text: _Section) -> Quantization | None:
 def _affine(section: _Section) -> tuple[int, int]:
     mode = section.values.get("mode", "affine")
     if mode != "affine":
-        raise section.error("mode", mode, "affine: no other quantisation is supported")
+        raise section.error("mode", mode, "affine: no other quantization is supported")
     bits = section.integer("bits", 1, 32)
     if bits not in BITS:
         raise section.error("bits", bits, f"one of {_one_of(BITS)}: {bits} bits are not supported")

@@ -14,9 +14,9 @@ FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 @dataclass(frozen=True)
 class Format:
-    """A matrix of rows (outputs) x cols: dense where bits is 0, else affine-quantised.
+    """A matrix of rows (outputs) x cols: dense where bits is 0, else affine-quantized.
 
-    dtype is a key of FLOAT_BYTES: of the elements, or of scales and biases where quantised.
+    dtype is a key of FLOAT_BYTES: of the elements, or of scales and biases where quantized.
     """
 
     rows: int
@@ -27,7 +27,7 @@ class Format:
 
     @property
     def parts(self) -> int:
-        """1 (the weight), or 3 where quantised: weight, scales, biases."""
+        """1 (the weight), or 3 where quantized: weight, scales, biases."""
         return 3 if self.bits else 1
 
     def part_bytes(self, part: int) -> int:

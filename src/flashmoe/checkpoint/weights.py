@@ -191,10 +191,10 @@ class WeightFinder:
     def _take_parts(
         self, name: str, lead: tuple[int, ...], rows: int, cols: int, alias: str | None = None
     ) -> tuple[Format, list[Tensor]]:
-        """The weight of a matrix, and its scales and biases where it is quantised.
+        """The weight of a matrix, and its scales and biases where it is quantized.
 
         `lead` is what comes before [rows, cols] in the tensors' shapes; `alias` is another path
-        under which the config may list the module's quantisation.
+        under which the config may list the module's quantization.
         """
         weight = self._take(name + ".weight")
         if weight.dtype != "U32" and f"{name}.scales" not in self._tensors:
@@ -204,7 +204,7 @@ class WeightFinder:
         bits, group = self._quantization(weight, alias)
         if cols % group:
             raise CheckpointError(
-                f"{weight.file}: tensor {weight.name}: {cols} columns cannot be quantised in"
+                f"{weight.file}: tensor {weight.name}: {cols} columns cannot be quantized in"
                 f" groups of {group}, as config.json says"
             )
         why = f" for {bits} bits and groups of {group}, as config.json says"
@@ -224,7 +224,7 @@ class WeightFinder:
                     break
         if not found:
             raise CheckpointError(
-                f"{weight.file}: tensor {weight.name} is stored quantised, but config.json does not"
+                f"{weight.file}: tensor {weight.name} is stored quantized, but config.json does not"
                 " say with how many bits"
             )
         return found

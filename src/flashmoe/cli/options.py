@@ -22,7 +22,7 @@ Experts = Annotated[
 ]
 Precision = Annotated[
     str,
-    typer.Option(metavar="NAME", help="int8, or float32: activations unquantised, the reference."),
+    typer.Option(metavar="NAME", help="int8, or float32: activations unquantized, the reference."),
 ]
 Threads = Annotated[
     int | None,

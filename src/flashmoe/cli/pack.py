@@ -18,14 +18,14 @@ def pack(
     destination: Annotated[
         str, typer.Argument(metavar="DST", help="A new directory, or one that pack began to fill.")
     ],
-    bits: Annotated[int, typer.Option(metavar="2|4|8|16", help="16 quantises nothing.")] = 4,
+    bits: Annotated[int, typer.Option(metavar="2|4|8|16", help="16 quantizes nothing.")] = 4,
     group_size: Annotated[
         int, typer.Option(metavar="32|64|128", help="Weights that share a scale and a bias.")
     ] = 64,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Write a model in the layout that reads best, quantised as MLX does.
+    """Write a model in the layout that reads best, quantized as MLX does.
 
     Stopped at any moment, the same command goes on where it was.
 

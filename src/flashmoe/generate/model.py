@@ -69,7 +69,7 @@ class Model:
             Qwen3.5-397B-A17B and the model's own for all others.
         backend: "cpu"; "metal", the GPU of a Mac; or "auto": on macOS the GPU (or with a warning
             the CPU, where it cannot be used), elsewhere the CPU.
-        precision: "int8" quantises the inputs of quantised matrices to 8 bits per group on the CPU,
+        precision: "int8" quantizes the inputs of quantized matrices to 8 bits per group on the CPU,
             and keeps the KV cache in bfloat16, in which attention also multiplies where the
             processor can (AVX-512 BF16); "float32" does none of it, the reference.
         threads: to compute with; None takes every physical core that the process may use.

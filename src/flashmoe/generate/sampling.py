@@ -121,7 +121,7 @@ class Sampler:
         if not math.isfinite(top):
             raise CheckpointError(
                 "the model computed logits that are not finite numbers: the checkpoint is damaged, "
-                "or was quantised from one that was; download or pack it again"
+                "or was quantized from one that was; download or pack it again"
             )
         allowed = self._penalised(logits)
         if self._constraint is not None:

@@ -22,10 +22,10 @@ def convert_rows(
     """`count` rows from `first` on: the bytes of each part in the format `target`.
 
     Words, scales and biases of a matrix that has the bits and group of `target` are copied. Others
-    are dequantised in float32 and quantised from there.
+    are dequantized in float32 and quantized from there.
 
     Raises:
-        CheckpointError: a weight to quantise is not finite; the message says which row.
+        CheckpointError: a weight to quantize is not finite; the message says which row.
         ReadError: a file ends early or cannot be read.
     """
     stored = source.format

@@ -1,4 +1,4 @@
-"""`flashmoe pack`: a checkpoint written anew, quantised, in the layout that reads best.
+"""`flashmoe pack`: a checkpoint written anew, quantized, in the layout that reads best.
 
 A destination is either complete or does not open: every file is written under another name, synced
 and renamed, and config.json, without which nothing opens, is the last. pack.json, the first, says
@@ -86,11 +86,11 @@ def pack(
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> PackSummary:
-    """Writes `source` to `destination`, quantised as MLX does, an expert one contiguous extent.
+    """Writes `source` to `destination`, quantized as MLX does, an expert one contiguous extent.
 
     Every linear layer and the embedding get `bits` and `group_size`; the routers and the shared
     experts' gates 8 bits in groups of 64. Norms, convolutions and the like are kept. With 16 bits
-    nothing is quantised: weights are bfloat16, or float16 where they were. A matrix that is stored
+    nothing is quantized: weights are bfloat16, or float16 where they were. A matrix that is stored
     with the wanted bits and group is copied.
 
     Stopped at any moment, even by a kill or a full disk, it is continued by calling it again.
@@ -103,7 +103,7 @@ def pack(
     Raises:
         ArgumentError: bits or a group size that do not exist; a destination that holds something
             else.
-        CheckpointError: the source is damaged, or a weight to quantise is not finite.
+        CheckpointError: the source is damaged, or a weight to quantize is not finite.
         ReadError: the source cannot be read.
         WriteError: too little room on the disk, found before anything is written or on the way; an
             I/O error; another process is packing to the destination.

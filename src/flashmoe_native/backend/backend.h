@@ -17,13 +17,13 @@
 
 namespace flashmoe {
 
-// A weight of shape [rows, cols], rows being outputs; y = W x. Dense, or affine-quantised in MLX's
+// A weight of shape [rows, cols], rows being outputs; y = W x. Dense, or affine-quantized in MLX's
 // format: bits-wide unsigned q in uint32 words, low end first, w = q * scale + bias for each group
 // of `group` columns. The three pointers are aligned as WeightRules say.
 struct Matrix {
   int rows = 0;
   int cols = 0;
-  DType dtype = DType::F32;  // of the elements, or of scales and biases where quantised
+  DType dtype = DType::F32;  // of the elements, or of scales and biases where quantized
   int bits = 0;              // 0: dense; else 2, 4 or 8
   int group = 0;             // 32, 64 or 128
   const std::byte* weight = nullptr;
@@ -166,7 +166,7 @@ class Backend {
   virtual void embed(const Matrix& table, std::span<const int32_t> ids, float* out) = 0;
   virtual void rms_norm(int n, int width, const float* x, const float* weight, float eps,
                         float* out) = 0;
-  // One input for several matrices, so that it is read (and quantised) once. x is [n, cols].
+  // One input for several matrices, so that it is read (and quantized) once. x is [n, cols].
   virtual void matmul(int n, const float* x, std::span<const Product> products) = 0;
   virtual void causal_conv(int n, const ConvCall& call) = 0;
   virtual void gated_delta(int n, const DeltaCall& call) = 0;

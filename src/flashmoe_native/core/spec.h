@@ -16,8 +16,8 @@ struct Extent {
   int64_t length = 0;
 };
 
-// Rows × columns, dense (bits 0) or affine-quantised; backend.h says how. The dtype is of the
-// elements, or of scales and biases where quantised.
+// Rows × columns, dense (bits 0) or affine-quantized; backend.h says how. The dtype is of the
+// elements, or of scales and biases where quantized.
 struct Format {
   int rows = 0, cols = 0;
   DType dtype = DType::F32;

@@ -1,4 +1,4 @@
-// MLX's affine quantisation: w = q · scale + bias, one scale and one bias for each group of
+// MLX's affine quantization: w = q · scale + bias, one scale and one bias for each group of
 // consecutive weights of a row. q has 2, 4 or 8 bits and lies in uint32 words, the first weight in
 // the lowest bits. Bit for bit what mlx.core.quantize gives.
 #pragma once
@@ -18,7 +18,7 @@ struct AffineFormat {
 // Throws std::invalid_argument unless `bits` and `group` are among those above.
 void check(const AffineFormat& format);
 
-// Quantises `groups` groups of weights of type `from`. The arithmetic is float32 whatever the
+// Quantizes `groups` groups of weights of type `from`. The arithmetic is float32 whatever the
 // types, and words are made with the scale and bias as they were before rounding to format.dtype,
 // as MLX does. Returns the index of the first group with a weight that is not finite, or whose
 // range is too wide for a float32 (what is written for it is undefined), or -1.

@@ -81,7 +81,7 @@ class CpuBackend final : public Backend {
     if (int8_) {
       inputs_.begin(n, cols);
       for (const Product& product : products) inputs_.want(*product.weight);
-      for_each(n, cols, [&](int t) { inputs_.quantise(x + int64_t{t} * cols, t); });
+      for_each(n, cols, [&](int t) { inputs_.quantize(x + int64_t{t} * cols, t); });
     }
     int64_t rows = 0;
     for (const Product& product : products) rows += product.weight->rows;
@@ -295,14 +295,14 @@ void CpuBackend::route(int n, const RouteCall& call) {
 }
 
 void CpuBackend::experts(int n, const float* x, std::span<const ExpertCall> calls) {
-  // Rows of gate and up of a task: whole groups of the input of down, which the task quantises.
+  // Rows of gate and up of a task: whole groups of the input of down, which the task quantizes.
   const auto unit = [](const ExpertCall& call) { return std::max(64, call.down.group); };
   const auto token_blocks = [](const ExpertCall& call) {
     return divide_up(static_cast<int64_t>(call.tokens.size()), kTaskTokens);
   };
   if (calls.empty()) return;
   const int cols = calls[0].gate.cols;
-  const auto quantised = [&](const Matrix& weight) { return int8_ && weight.bits != 0; };
+  const auto quantized = [&](const Matrix& weight) { return int8_ && weight.bits != 0; };
 
   if (int8_) {
     inputs_.begin(n, cols);
@@ -313,7 +313,7 @@ void CpuBackend::experts(int n, const float* x, std::span<const ExpertCall> call
     }
     const std::span<const int32_t> needed = inputs_.needed();
     for_each(static_cast<int>(needed.size()), cols,
-             [&](int i) { inputs_.quantise(x + int64_t{needed[i]} * cols, needed[i]); });
+             [&](int i) { inputs_.quantize(x + int64_t{needed[i]} * cols, needed[i]); });
   }
 
   // Every call's silu(gate x) * up x, [tokens, intermediate], and up x beside it.
@@ -338,7 +338,7 @@ void CpuBackend::experts(int n, const float* x, std::span<const ExpertCall> call
   for (const ExpertCall& call : calls) {
     const int tokens = static_cast<int>(call.tokens.size());
     down_inputs_.push_back({});
-    if (!quantised(call.down)) continue;
+    if (!quantized(call.down)) continue;
     down_inputs_.back() = make_int8_input(call.down, tokens, memory);
     memory += down_input_bytes(call, precision_);
   }
@@ -358,9 +358,9 @@ void CpuBackend::experts(int n, const float* x, std::span<const ExpertCall> call
     for (int t = 0; t < tokens; ++t) {
       float* row = gate + int64_t{t} * width;
       kernels_.swiglu(end - begin, row + begin, up + int64_t{t} * width + begin);
-      if (quantised(call.down)) {
+      if (quantized(call.down)) {
         const int group = call.down.group;
-        kernels_.quantise(row, first + t, begin / group, end / group, down_inputs_[index]);
+        kernels_.quantize(row, first + t, begin / group, end / group, down_inputs_[index]);
       }
     }
   });
@@ -385,7 +385,7 @@ void CpuBackend::experts(int n, const float* x, std::span<const ExpertCall> call
     const Rows rows = {&call.down, begin,          end,
                        tokens,     every + first,  call.out_rows.data() + first,
                        call.out,   call.down.rows, false};
-    if (quantised(call.down)) {
+    if (quantized(call.down)) {
       kernels_.matmul_int8(rows, down_inputs_[index]);
     } else {
       kernels_.matmul_float(rows, gates + offsets_[index]);

@@ -14,7 +14,7 @@ Precision parse_precision(const std::string& name);
 constexpr WeightRules kCpuWeights{.alignment = 2, .maps = false};
 
 // `threads` computes with so many threads, the caller's among them. Results do not depend on it,
-// nor on how tokens are divided into calls. kInt8 quantises the inputs of quantised matrices to 8
+// nor on how tokens are divided into calls. kInt8 quantizes the inputs of quantized matrices to 8
 // bits per group; kFloat32 keeps them.
 std::unique_ptr<Backend> make_cpu_backend(Precision precision, int threads);
 

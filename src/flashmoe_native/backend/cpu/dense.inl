@@ -1,4 +1,4 @@
-// Matrix products with float32 inputs. A piece of four rows is widened or dequantised to float32,
+// Matrix products with float32 inputs. A piece of four rows is widened or dequantized to float32,
 // then used for every token; an element of the result is the sum of kLanes partial sums over the
 // columns.
 #pragma once
@@ -11,7 +11,7 @@ constexpr int kColumns = 1024;  // widened at a time: 4 rows are 16 KiB
 constexpr int kTokenBlock = 64;
 
 template <int Bits>
-FLASHMOE_INLINE void dequantise(const uint8_t* packed, int count, float scale, float bias,
+FLASHMOE_INLINE void dequantize(const uint8_t* packed, int count, float scale, float bias,
                                 float* out) {
   constexpr int kEach = 8 / Bits;
   for (int byte = 0; byte < count / kEach; ++byte) {
@@ -22,7 +22,7 @@ FLASHMOE_INLINE void dequantise(const uint8_t* packed, int count, float scale, f
   }
 }
 
-// Columns [begin, begin + count) of a row; both multiples of the group where quantised.
+// Columns [begin, begin + count) of a row; both multiples of the group where quantized.
 void expand(const Matrix& m, int64_t row, int begin, int count, float* out) {
   const int64_t cell = row * m.cols + begin;
   if (m.bits == 0) {
@@ -46,9 +46,9 @@ void expand(const Matrix& m, int64_t row, int begin, int count, float* out) {
     const float scale = load_float(m.scales, m.dtype, group);
     const float bias = load_float(m.biases, m.dtype, group);
     const uint8_t* from = packed + i * m.bits / 8;
-    if (m.bits == 2) dequantise<2>(from, m.group, scale, bias, out + i);
-    if (m.bits == 4) dequantise<4>(from, m.group, scale, bias, out + i);
-    if (m.bits == 8) dequantise<8>(from, m.group, scale, bias, out + i);
+    if (m.bits == 2) dequantize<2>(from, m.group, scale, bias, out + i);
+    if (m.bits == 4) dequantize<4>(from, m.group, scale, bias, out + i);
+    if (m.bits == 8) dequantize<8>(from, m.group, scale, bias, out + i);
   }
 }
 

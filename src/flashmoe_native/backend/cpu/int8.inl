@@ -1,4 +1,4 @@
-// Products of quantised matrices with inputs quantised to 8 bits. For row r, token t and group g,
+// Products of quantized matrices with inputs quantized to 8 bits. For row r, token t and group g,
 // with dot = Σ q_w q_x (an exact integer), the term
 //   (scale_w * dot + bias_w * Σ q_x) * scale_x
 // is added to partial sum g mod 16, and the 16 sums are then added pairwise (i and i + 8, + 4, + 2,

@@ -1,4 +1,4 @@
-// What the kernels ask of a format of quantised matrices, w = scale * q + bias for each group: how
+// What the kernels ask of a format of quantized matrices, w = scale * q + bias for each group: how
 // a group lies in memory, its values as unsigned bytes, its scales and biases as float32. A new
 // format is another such type and its case in matmul_int8().
 #pragma once
@@ -6,7 +6,7 @@
 #include "backend/cpu/int8_scales.inl"
 #include "backend/cpu/simd.inl"
 
-// MLX's affine quantisation: byte j of a row holds elements j * kPlanes + p for p < kPlanes, low
+// MLX's affine quantization: byte j of a row holds elements j * kPlanes + p for p < kPlanes, low
 // end first; scales and biases of dtype D.
 template <int Bits, int Group, DType D>
 struct Affine {

@@ -84,10 +84,10 @@ void Int8Inputs::need(std::span<const int32_t> tokens) {
   }
 }
 
-void Int8Inputs::quantise(const float* row, int token) {
+void Int8Inputs::quantize(const float* row, int token) {
   for (const Format& format : formats_) {
     if (!format.wanted) continue;
-    kernels_.quantise(row, token, 0, format.input.groups, format.input);
+    kernels_.quantize(row, token, 0, format.input.groups, format.input);
   }
 }
 

@@ -1,4 +1,4 @@
-// One input vector or batch, quantised once for every format of matrix that will read it.
+// One input vector or batch, quantized once for every format of matrix that will read it.
 #pragma once
 
 #include <array>
@@ -10,7 +10,7 @@
 
 namespace flashmoe {
 
-// Bytes of the quantised input of a matrix with this format, for n tokens.
+// Bytes of the quantized input of a matrix with this format, for n tokens.
 size_t int8_bytes(const Matrix& weight, int n);
 // Lays it out in `memory` (64-byte aligned) with its padding zeroed.
 Int8Input make_int8_input(const Matrix& weight, int n, std::byte* memory);
@@ -26,8 +26,8 @@ class Int8Inputs {
   // Announces tokens that will be read; those announced so far, each once.
   void need(std::span<const int32_t> tokens);
   std::span<const int32_t> needed() const { return needed_; }
-  // One token in every wanted format; different tokens may be quantised at the same time.
-  void quantise(const float* row, int token);
+  // One token in every wanted format; different tokens may be quantized at the same time.
+  void quantize(const float* row, int token);
   const Int8Input& get(const Matrix& weight) const { return formats_[format(weight)].input; }
   int64_t bytes() const;
 

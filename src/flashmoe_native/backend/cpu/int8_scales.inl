@@ -1,4 +1,4 @@
-// Scales and biases of a quantised matrix.
+// Scales and biases of a quantized matrix.
 #pragma once
 
 #include "backend/cpu/simd.inl"

@@ -13,7 +13,7 @@
 
 namespace flashmoe {
 
-// An input quantised for matrices of `bits` and `group`: x = scale * q for each group of columns,
+// An input quantized for matrices of `bits` and `group`: x = scale * q for each group of columns,
 // q = round(x * 127 / max |x|). The order of the values is that of the weights in memory: in 64
 // bytes of a row, byte j holds elements j * planes + p for p < planes = 8 / bits, so those
 // elements' values are plane p's byte j, and the planes of 64 bytes each follow one another. A
@@ -68,7 +68,7 @@ struct Kernels {
   void (*expand_row)(const Matrix& weight, int64_t row, float* out);
   void (*rms_norm)(int width, const float* x, const float* weight, float eps, float* out);
   // Groups [begin, end) of token `token`; x is the token's whole row.
-  void (*quantise)(const float* x, int token, int begin, int end, const Int8Input& out);
+  void (*quantize)(const float* x, int token, int begin, int end, const Int8Input& out);
   void (*matmul_float)(const Rows& rows, const float* x);  // x is [tokens, cols]
   void (*matmul_int8)(const Rows& rows, const Int8Input& x);
   // gate = silu(gate) * up

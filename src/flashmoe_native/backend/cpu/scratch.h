@@ -31,7 +31,7 @@ struct AttentionDivision {
 
 // silu(gate x) * up x of an expert's tokens, or up x, which is as large.
 size_t activation_floats(const ExpertCall& call);
-// That as 8-bit input of down, where it is quantised.
+// That as 8-bit input of down, where it is quantized.
 size_t down_input_bytes(const ExpertCall& call, Precision precision);
 
 // What a forward pass of so many tokens asks of a backend; the pointers are null.

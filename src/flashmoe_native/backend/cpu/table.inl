@@ -7,10 +7,10 @@
 #include "backend/cpu/dense.inl"
 #include "backend/cpu/elementwise.inl"
 #include "backend/cpu/int8.inl"
-#include "backend/cpu/int8_quantise.inl"
+#include "backend/cpu/int8_quantize.inl"
 
 constexpr Kernels kTable = {
-    kName,           expand_row,      rms_norm,         quantise,    matmul_float,
+    kName,           expand_row,      rms_norm,         quantize,    matmul_float,
     matmul_int8,     swiglu,          causal_conv,      gated_delta, attention_append,
     attention_block, attention_merge, attention_finish, combine,
 };

@@ -23,7 +23,7 @@ FLASHMOE_INLINE void interleave(const int8_t* q, ptrdiff_t byte, int8_t* values)
 }
 
 template <int Bits, int Group>
-void quantise_format(const float* x, int token, int begin, int end, const Int8Input& out) {
+void quantize_format(const float* x, int token, int begin, int end, const Int8Input& out) {
   int8_t* values = out.values + token * out.stride;
   float* scales = out.scales + static_cast<ptrdiff_t>(token) * out.group_stride;
   float* sums = out.sums + static_cast<ptrdiff_t>(token) * out.group_stride;
@@ -57,24 +57,24 @@ void quantise_format(const float* x, int token, int begin, int end, const Int8In
 }
 
 template <int Bits>
-void quantise_bits(const float* x, int token, int begin, int end, const Int8Input& out) {
+void quantize_bits(const float* x, int token, int begin, int end, const Int8Input& out) {
   switch (out.group) {
     case 32:
-      return quantise_format<Bits, 32>(x, token, begin, end, out);
+      return quantize_format<Bits, 32>(x, token, begin, end, out);
     case 64:
-      return quantise_format<Bits, 64>(x, token, begin, end, out);
+      return quantize_format<Bits, 64>(x, token, begin, end, out);
     case 128:
-      return quantise_format<Bits, 128>(x, token, begin, end, out);
+      return quantize_format<Bits, 128>(x, token, begin, end, out);
   }
 }
 
-void quantise(const float* x, int token, int begin, int end, const Int8Input& out) {
+void quantize(const float* x, int token, int begin, int end, const Int8Input& out) {
   switch (out.bits) {
     case 2:
-      return quantise_bits<2>(x, token, begin, end, out);
+      return quantize_bits<2>(x, token, begin, end, out);
     case 4:
-      return quantise_bits<4>(x, token, begin, end, out);
+      return quantize_bits<4>(x, token, begin, end, out);
     case 8:
-      return quantise_bits<8>(x, token, begin, end, out);
+      return quantize_bits<8>(x, token, begin, end, out);
   }
 }
