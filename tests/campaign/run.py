@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the first damaged input")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes side by side")
     parser.add_argument("--job", type=int, help="which of them this is, from 0")
+    parser.add_argument("--only", default="", metavar="TEXT", help="faults whose name begins so")
     parser.add_argument("--out", type=Path, help="a JSON file for the results")
     parser.add_argument("--scratch", type=Path, help="a directory to work in")
     arguments = parser.parse_args()
@@ -70,6 +71,12 @@ def _restart_with_shim() -> None:
         environment = os.environ | {"LD_PRELOAD": preload, "FLASHMOE_CAMPAIGN": "1"}
         program = [sys.executable, *sys.argv]
         sys.exit(subprocess.run(program, check=False, env=environment).returncode)
+
+
+def _name(row: tuple[str, str, str, int, bool]) -> str:
+    """Of a row of the plan of faults."""
+    scenario, operation, mode, code, written = row
+    return f"{scenario}: {operation} {mode} {code}, {'written' if written else 'read'}"
 
 
 class Results:
@@ -143,26 +150,17 @@ class Campaign:
 
         injection = Injection(bases, self.scratch / "faulty")
         left = len(self._mine(range(self.arguments.faults)))
-        plan = injection.plan()
+        plan = [row for row in injection.plan() if _name(row).startswith(self.arguments.only)]
         # In another order than they are written, so that a short run has some of all.
         random.Random(1).shuffle(plan)
         plan = self._mine(plan)
-        share = max(2, left // len(plan))
-        for most in (share, 1 << 20):
+        share = max(2, left // max(1, len(plan)))
+        for at, most in ((1, share), (share + 1, 1 << 20)):
             for row in plan:
-                if left <= 0:
-                    break
-                tried = 0
-                for outcome in sweep(injection, run, row, min(most, left)):
-                    scenario, operation, mode, code, written = row
-                    name = f"{scenario}: {operation} {mode} {code}"
-                    where = f"{'written' if written else 'read'}, call {tried + 1}"
-                    self._note("faults", name, outcome, where)
-                    tried += 1
-                left -= tried
-            if most == share and left > 0:
-                continue
-            break
+                outcomes = sweep(injection, run, row, at, min(most, at + left - 1))
+                for call, outcome in enumerate(outcomes, at):
+                    self._note("faults", _name(row), outcome, f"call {call}")
+                    left -= 1
         for title, count, function in (
             ("interrupts", self.arguments.interrupts, injection.interrupted),
             ("kills", self.arguments.kills, injection.killed),
