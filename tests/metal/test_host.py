@@ -6,6 +6,7 @@
 - Each check rejects faults planted for it.
 """
 
+import ast
 import json
 import re
 import shutil
@@ -447,6 +448,22 @@ def test_half_precision_caches_cost_little(simulator: Simulator) -> None:
     assert 1e-4 < np.sqrt(np.mean((ours - exact) ** 2)) / exact.std() < 0.03
 
 
+def test_the_device_says_what_it_is_and_when_it_worked(simulator: Simulator) -> None:
+    code = """
+import numpy as np
+from flashmoe import _native
+from flashmoe.generate.engine import kernel_sources
+gpu = _native.ops.Backend("float32", 1, "metal", str(kernel_sources()))
+gpu.rms_norm(np.ones((1, 64), np.float32), np.ones(64, np.float32), 1e-6)
+times = gpu.times()
+print(0 < times["committed"] <= times["began"] < times["ended"] <= times["woken"])
+print(gpu.describe())
+"""
+    told, described = simulator.python(code, settings={"FAIL": "warn"}).splitlines()
+    assert told == "True"
+    assert {"device", "family", "maxBufferLength", "compiler"} <= set(ast.literal_eval(described))
+
+
 # ---- what the checks above are worth
 
 # (file, right, wrong, what the simulator says; None: it may run, but then its logits are others)
@@ -515,8 +532,8 @@ MUTANTS = [
     ("metal/commands.mm", "    [encoder_.get() waitForFence:fence_.get()];\n", "", "no fence"),
     (
         "metal/commands.mm",
-        "[buffer.get() waitUntilCompleted];\n    if",
-        "if",
+        "    [buffer.get() waitUntilCompleted];\n    times_",
+        "    times_",
         "not finite|never released",
     ),
     ("metal/commands.mm", "  [encoder_.get() endEncoding];\n", "", "released before endEncoding"),
