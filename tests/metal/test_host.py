@@ -534,7 +534,7 @@ MUTANTS = [
         "metal/commands.mm",
         "    [buffer.get() waitUntilCompleted];\n    times_",
         "    times_",
-        "not finite|never released",
+        "GPUStartTime: before it has run",
     ),
     ("metal/commands.mm", "  [encoder_.get() endEncoding];\n", "", "released before endEncoding"),
     ("metal/commands.mm", "::share([queue_", "::adopt([queue_", "a released object"),

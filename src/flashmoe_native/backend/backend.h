@@ -196,6 +196,8 @@ class Backend {
 
   // Of the latest finish().
   virtual DeviceTimes times() const { return {}; }
+  // The kernels that were compiled so far, each with what it was specialised for. None for the CPU.
+  virtual std::vector<std::string> compiled() const { return {}; }
   // What the device is, for people: names and values. Nothing for the CPU.
   virtual std::vector<std::pair<std::string, std::string>> describe() const { return {}; }
 };

@@ -17,7 +17,8 @@
 //   FAMILY       the GPU's, of Apple's; default 9
 //   UNIFIED      0: the GPU has memory of its own
 //   WORKING_SET, MAX_BUFFER, MAX_THREADS, SIMD_WIDTH   the device's limits
-//   TRACE        1: tells on stderr of residency that is asked for, and of command buffers
+//   TRACE        1: tells on stderr of pipelines (kernel, then constants), of residency that is
+//                asked for, and of command buffers
 #import <Metal/Metal.h>
 #include <objc/runtime.h>
 #include <sys/mman.h>
@@ -699,6 +700,11 @@ struct Dispatch {
   }
   SimPipeline* pipeline = [[SimPipeline alloc] init];
   pipeline->dispatch = static_cast<SimFunction*>(function)->dispatch;
+  std::string told = std::string("pipeline ") + pipeline->dispatch.kernel;
+  for (int i = 0; pipeline->dispatch.constants_set >> i & 1; ++i) {
+    told += " " + std::to_string(pipeline->dispatch.constants[i]);
+  }
+  trace(told.c_str());
   return pipeline;
 }
 @end
