@@ -478,6 +478,23 @@ def test_slots_lie_in_pieces_that_the_gpu_allows(simulator: Simulator) -> None:
     assert spread(ours, cpu_logits(directory, ids)) <= 2e-3
 
 
+def test_slots_become_resident_as_they_are_used(simulator: Simulator) -> None:
+    code = """
+import sys
+from pathlib import Path
+from engines import TestEngine
+engine = TestEngine(Path(sys.argv[1]), backend="metal", cache_bytes=64 << 20)
+engine.logits([5])
+print("slots", int(engine.native.stats()["slot_bytes"]), file=sys.stderr)
+"""
+    lines = simulator.trace(code, str(demo(simulator)), settings={"MAX_BUFFER": 5 << 18})
+    told = [line.split() for line in lines]
+    (slots,) = (int(line[1]) for line in told if line[0] == "slots")
+    sizes = [int(line[1]) for line in told if line[0] == "resident"]
+    piece = max(sizes)  # no other buffer is as large
+    assert 0 < sizes.count(piece) * piece < slots / 2
+
+
 def test_memory_of_states_is_given_back(simulator: Simulator) -> None:
     code = """
 import sys
