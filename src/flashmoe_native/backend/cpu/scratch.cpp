@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kQueries = 64;        // of a unit: its scores are 64 KiB
 constexpr int kUnitsPerThread = 8;  // with fewer, the keys are divided too, which takes memory
-constexpr int kTasksOfRound = 32;   // of a thread, before their partial results are merged
+constexpr int kTasksOfRound = 64;   // of a thread, before their partial results are merged
 
 int divide_up(int64_t value, int64_t unit) {
   return static_cast<int>((value + unit - 1) / unit);
