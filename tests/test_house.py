@@ -14,7 +14,7 @@ FLOORS = (
     {"machine", "hub"},
     {"checkpoint"},
     {"pack", "generate"},
-    {"measure"},
+    {"measure", "serve"},
     {"cli"},
 )
 
