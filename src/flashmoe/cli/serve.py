@@ -51,7 +51,7 @@ def serve(
     """
     try:
         from flashmoe.serve.app import Access  # noqa: PLC0415
-        from flashmoe.serve.server import bind, serve, url_of  # noqa: PLC0415
+        from flashmoe.serve.server import bind, make_server, url_of  # noqa: PLC0415
     except ImportError as error:
         raise ArgumentError(
             f"serving needs starlette and uvicorn ({error}): pip install 'flashmoe[serve]'"
@@ -65,6 +65,7 @@ def serve(
     ):
         logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s")
         logging.getLogger("flashmoe.serve").setLevel(logging.INFO)
+        server = make_server(model, Access(host, cors, api_key), log_prompts=log_prompts)
         typer.echo(f"{url_of(listener)} serves {model.source}, context: {model.context} tokens")
         sys.stdout.flush()
-        serve(model, listener, Access(host, cors, api_key), log_prompts=log_prompts)
+        server.run(sockets=[listener])

@@ -64,6 +64,7 @@ def message_of(body: Fields, name: str, *, count: bool = False) -> Ask:
         options=options,
         messages=turns,
         stream=body.flag("stream") or False,
+        names={"schema": "output_config.format", "stop": "stop_sequences"},
     )
 
 

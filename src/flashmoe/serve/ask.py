@@ -36,6 +36,7 @@ class Ask:
         logprobs: whether tokens are wanted with their log-probabilities.
         echo: whether the prompt is repeated before the answer.
         processors: makes what else changes logits.
+        names: what the API calls options that it has other words for.
     """
 
     model: str
@@ -47,7 +48,8 @@ class Ask:
     usage: bool = False
     logprobs: bool = False
     echo: bool = False
-    processors: Sequence[Callable[[], LogitsProcessor]] = field(default=())
+    processors: Sequence[Callable[[], LogitsProcessor]] = ()
+    names: Mapping[str, str] = field(default_factory=dict)
 
     def begin(self, model: Model) -> list[Chat]:
         """The answers, with nothing computed yet; prompt by prompt, all choices of one together.
@@ -71,11 +73,16 @@ class Ask:
         except ContextError as error:
             raise TooLongError(error.tokens, error.context) from error
         except ArgumentError as error:
-            message = str(error)
-            found = _FIELD.match(message)
-            name = found[0] if found else ""
-            named = name.partition("[")[0].partition(".")[0] in {"messages", "prompt", *options}
-            raise RequestError(message, name if named else None) from error
+            raise self._wrong(str(error)) from error
+
+    def _wrong(self, message: str) -> RequestError:
+        """The error for a message that may begin with the name of what is wrong."""
+        found = _FIELD.match(message)
+        name = found[0] if found else ""
+        if re.split(r"[.\[]", name)[0] not in {"messages", "prompt", *self.options}:
+            return RequestError(message)
+        own = self.names.get(name, name)
+        return RequestError(own + message[len(name) :], own)
 
 
 def failure_of(error: Exception) -> RequestError:

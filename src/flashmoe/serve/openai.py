@@ -59,6 +59,7 @@ def chat_of(body: Fields, name: str, vocab_size: int) -> Ask:
         usage=_usage(body),
         logprobs=logprobs,
         processors=processors_of(body, vocab_size),
+        names={"schema": "response_format", "json_object": "response_format"},
     )
 
 

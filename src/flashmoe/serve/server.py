@@ -51,17 +51,17 @@ def url_of(listener: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def serve(
-    model: Model, listener: socket.socket, access: Access, *, log_prompts: bool = False
-) -> None:
-    """Answers until Ctrl-C, which ends what is still being answered."""
+def make_server(model: Model, access: Access, *, log_prompts: bool = False) -> uvicorn.Server:
+    """What answers: `run(sockets=[listener])` does so until Ctrl-C, or until `should_exit`.
+
+    The model stays its caller's to close. What takes long at a first request is begun now.
+    """
     prepare(model.checkpoint)
-    if model.chat_template is not None:  # compiled now, not at the first request
+    if model.chat_template is not None:
         model.prompt_ids([{"role": "user", "content": "Hello"}])
-    app = make_app(model, access, log_prompts=log_prompts)
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # requests are logged by the app
     config = uvicorn.Config(
-        app,
+        make_app(model, access, log_prompts=log_prompts),
         http="h11",
         ws="none",
         loop="asyncio",
@@ -71,4 +71,4 @@ def serve(
         server_header=False,
         timeout_graceful_shutdown=_GRACE,
     )
-    uvicorn.Server(config).run(sockets=[listener])
+    return uvicorn.Server(config)
