@@ -136,16 +136,17 @@ class Served:
 
 
 @contextlib.contextmanager
-def served(model: flashmoe.Model, **access: Any) -> Iterator[Served]:
+def served(model: flashmoe.Model, *, log_prompts: bool = False, **access: Any) -> Iterator[Served]:
     """A server for a model, in a thread of this process."""
     from flashmoe.serve.app import Access  # noqa: PLC0415  (needs starlette)
     from flashmoe.serve.server import bind, make_server  # noqa: PLC0415
 
     with bind("127.0.0.1", 0) as listener:
         listener.listen()
-        server = make_server(model, Access(**access))
+        server = make_server(model, Access(**access), log_prompts=log_prompts)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         found = Served(model, listener.getsockname()[1])
+        chat = model.chat
         _intercept(model, found)
         thread.start()
         try:
@@ -153,7 +154,7 @@ def served(model: flashmoe.Model, **access: Any) -> Iterator[Served]:
         finally:
             server.should_exit = True
             thread.join(30)
-            del model.chat  # type: ignore[method-assign]
+            model.chat = chat  # type: ignore[method-assign]
             assert not thread.is_alive()
 
 

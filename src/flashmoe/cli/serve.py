@@ -66,6 +66,7 @@ def serve(
         logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s")
         logging.getLogger("flashmoe.serve").setLevel(logging.INFO)
         server = make_server(model, Access(host, cors, api_key), log_prompts=log_prompts)
+        listener.listen()  # who reads the line may connect
         typer.echo(f"{url_of(listener)} serves {model.source}, context: {model.context} tokens")
         sys.stdout.flush()
         server.run(sockets=[listener])

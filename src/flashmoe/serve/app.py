@@ -29,7 +29,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flashmoe.checkpoint.json import strict_json
-from flashmoe.errors import printable
+from flashmoe.errors import FlashMoeError, printable
 from flashmoe.generate.background import AsyncChat
 from flashmoe.serve import anthropic, openai
 from flashmoe.serve.anthropic import MessageReply
@@ -204,11 +204,8 @@ class Service:
         data = await _body(request)
 
         def count() -> int:
-            ask = anthropic.message_of(self._fields(data), self._name, count=True)
-            given = ("tools", "think", "variables", "continue_final")
-            return len(
-                self._model.prompt_ids(ask.messages, **{name: ask.options[name] for name in given})
-            )
+            body = self._fields(data)
+            return anthropic.message_of(body, self._name, count=True).count(self._model)
 
         return _json({"input_tokens": await self._in_thread(count)})
 
@@ -304,7 +301,9 @@ def _logged_failure(error: Exception) -> RequestError:
     failure = failure_of(error)
     if failure.status >= 500:
         frames = "".join(traceback.format_tb(error.__traceback__))
-        log.error("%s\n%s", type(error).__name__, frames)
+        # Of an error that is not ours the message may be anything.
+        message = error if isinstance(error, FlashMoeError) else ""
+        log.error("%s: %s\n%s", type(error).__name__, message, frames)
     return failure
 
 

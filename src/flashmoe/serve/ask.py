@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -68,8 +69,21 @@ class Ask:
         options = {**self.options, "processors": [make() for make in self.processors]}
         if options.get("seed") is not None:
             options["seed"] += choice
-        try:
+        with self._explained():
             return start(**options)
+
+    def count(self, model: Model) -> int:
+        """The tokens of the messages, as `begin` would have them."""
+        given = ("tools", "think", "variables", "continue_final")
+        with self._explained():
+            ids = model.prompt_ids(self.messages, **{name: self.options[name] for name in given})
+        return len(ids)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Says of what the model refuses which field it is."""
+        try:
+            yield
         except ContextError as error:
             raise TooLongError(error.tokens, error.context) from error
         except ArgumentError as error:
