@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashmoe.checkpoint.json import strict_json
 from flashmoe.generate.answer import Answer, Delta
-from flashmoe.serve.ask import Ask, call_turn, sampling_of, schema_of, tool_definition
+from flashmoe.serve.ask import Ask, call_turn, in_order, sampling_of, schema_of, tool_definition
 from flashmoe.serve.fields import Fields, RequestError, TooLongError
 from flashmoe.serve.reply import Event, Reply
 
@@ -37,7 +37,7 @@ def message_of(body: Fields, name: str, *, count: bool = False) -> Ask:
         raise body.wrong("max_tokens", "a whole number, 0 or more")
     if not body.items("messages"):
         raise body.wrong("messages", "a list of at least one message")
-    turns = [turn for message in body.objects("messages") for turn in _turns(message)]
+    turns = in_order(turn for message in body.objects("messages") for turn in _turns(message))
     if turns[-1].get("tool_calls"):
         raise RequestError(
             "messages: the last one has a tool_use block, and a tool_result must follow it",

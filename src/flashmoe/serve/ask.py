@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from flashmoe.errors import ArgumentError, ContextError, OutOfMemoryError, StateError
@@ -167,6 +168,21 @@ def schema_of(fields: Fields, key: str) -> Mapping[str, Any]:
 def call_turn(id: str | None, name: str, arguments: Any) -> dict[str, Any]:
     """A tool call of an assistant's turn."""
     return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def in_order(turns: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The turns, with results of tools in the order of their calls: templates write no ids."""
+    calls: list[Any] = []
+
+    def place(turn: dict[str, Any]) -> int:
+        id = turn.get("tool_call_id")
+        return calls.index(id) if id in calls else len(calls)
+
+    ordered: list[dict[str, Any]] = []
+    for of_tools, group in groupby(turns, lambda turn: turn["role"] == "tool"):
+        ordered += sorted(group, key=place) if of_tools else group
+        calls = [call["id"] for call in ordered[-1].get("tool_calls", ())]
+    return ordered
 
 
 def tool_definition(given: Fields, schema: str) -> dict[str, Any]:

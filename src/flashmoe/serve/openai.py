@@ -9,6 +9,7 @@ from flashmoe.serve.ask import (
     MOST_CHOICES,
     Ask,
     call_turn,
+    in_order,
     processors_of,
     sampling_of,
     schema_of,
@@ -53,7 +54,7 @@ def chat_of(body: Fields, name: str, vocab_size: int) -> Ask:
     return Ask(
         model=body.text("model") or name,
         options=options,
-        messages=[_turn(message) for message in body.objects("messages")],
+        messages=in_order(map(_turn, body.objects("messages"))),
         choices=body.whole("n", 1, MOST_CHOICES) or 1,
         stream=body.flag("stream") or False,
         usage=_usage(body),
