@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,13 @@ from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from flashmoe.errors import ArgumentError, ContextError, OutOfMemoryError, StateError
+from flashmoe.errors import (
+    ArgumentError,
+    CheckpointError,
+    ContextError,
+    OutOfMemoryError,
+    StateError,
+)
 from flashmoe.generate.processors import FrequencyPenalty, LogitBias, LogitsProcessor
 from flashmoe.serve.fields import Fields, RequestError, TooLongError
 
@@ -61,34 +68,36 @@ class Ask:
         """
         starts = [partial(model.complete, prompt) for prompt in self.prompts]
         return [
-            self._begin(start, choice)
+            self._begin(model, start, choice)
             for start in starts or [partial(model.chat, self.messages)]
             for choice in range(self.choices)
         ]
 
-    def _begin(self, start: Callable[..., Chat], choice: int) -> Chat:
+    def _begin(self, model: Model, start: Callable[..., Chat], choice: int) -> Chat:
         options = {**self.options, "processors": [make() for make in self.processors]}
         if options.get("seed") is not None:
             options["seed"] += choice
-        with self._explained():
+        with self._explained(model):
             return start(**options)
 
     def count(self, model: Model) -> int:
         """The tokens of the messages, as `begin` would have them."""
         given = ("tools", "think", "variables", "continue_final")
-        with self._explained():
+        with self._explained(model):
             ids = model.prompt_ids(self.messages, **{name: self.options[name] for name in given})
         return len(ids)
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _explained(self, model: Model) -> Iterator[None]:
         """Says of what the model refuses which field it is."""
         try:
             yield
         except ContextError as error:
             raise TooLongError(error.tokens, error.context) from error
-        except ArgumentError as error:
-            raise self._wrong(str(error)) from error
+        except (ArgumentError, CheckpointError) as error:
+            # The latter where rendering the request would take too much.
+            message = str(error).replace(f"{model.directory}{os.sep}", "")
+            raise self._wrong(message) from error
 
     def _wrong(self, message: str) -> RequestError:
         """The error for a message that may begin with the name of what is wrong."""
@@ -108,6 +117,8 @@ def failure_of(error: Exception) -> RequestError:
         return RequestError(f"no memory for this request: {error}", status=503)
     if isinstance(error, StateError):
         return RequestError(str(error), status=503)
+    if isinstance(error, ArgumentError):  # a structure that cannot be followed to its end
+        return RequestError(str(error))
     if isinstance(error, RecursionError):
         return RequestError("the request is nested too deeply")
     # Of the others, the message may hold what is nobody's business, such as paths.
@@ -179,8 +190,8 @@ def in_order(turns: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         return calls.index(id) if id in calls else len(calls)
 
     ordered: list[dict[str, Any]] = []
-    for of_tools, group in groupby(turns, lambda turn: turn["role"] == "tool"):
-        ordered += sorted(group, key=place) if of_tools else group
+    for _, group in groupby(turns, lambda turn: turn["role"] == "tool"):
+        ordered += sorted(group, key=place)  # others than tools' are all in one place
         calls = [call["id"] for call in ordered[-1].get("tool_calls", ())]
     return ordered
 
