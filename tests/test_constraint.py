@@ -133,6 +133,10 @@ def test_one_call_at_a_time_where_that_is_wanted(checkpoint: Checkpoint) -> None
         assert ("Ċ" in allowed(found, checkpoint)) == many
         assert "<|im_end|>" in allowed(found, checkpoint)
         assert found.finished != many
+        free = constrain(checkpoint, tools=TOOLS, parallel_tool_calls=many)
+        say(free, checkpoint, "Well:\n<tool_call>\n<function=now>\n</function>\n</tool_call>\n")
+        assert ("<tool_call>" in allowed(free, checkpoint)) == many
+        assert "<|im_end|>" in allowed(free, checkpoint)
 
 
 @pytest.mark.parametrize("dialect", [XML, HERMES], ids=["xml", "hermes"])

@@ -365,7 +365,7 @@ class Model:
             tools: that the model may call: JSON schemas, or Python functions.
             tool_choice: "auto"; "none"; "required", any of them must be called; or the one that
                 must be, by its name.
-            parallel_tool_calls: whether an answer that must call may call more than once.
+            parallel_tool_calls: whether an answer may call more than once.
             schema: the answer is JSON that follows this JSON schema.
             json_object: the answer is a JSON object.
             regex: the answer matches this regular expression, whole.

@@ -69,6 +69,7 @@ def make_server(model: Model, access: Access, *, log_prompts: bool = False) -> u
         log_config=None,
         access_log=False,
         server_header=False,
+        timeout_keep_alive=75,  # seconds, longer than clients keep a connection for another use
         timeout_graceful_shutdown=_GRACE,
     )
     return uvicorn.Server(config)
