@@ -87,8 +87,11 @@ class Client(threading.Thread):
         self.server, self.until, self.number = server, until, number
         self.random = random.Random(number)
         self.headers: dict[int, list[float]] = {length: [] for length in LENGTHS}
-        self.events = self.answers = self.left = self.refused = 0
+        self.pieces = self.answers = self.left = self.refused = 0
+        self.silences: list[float] = []
+        """Seconds between any two lines of a stream."""
         self.gaps: list[float] = []
+        """Seconds between two pieces of an answer."""
         self.wrong: list[str] = []
 
     def run(self) -> None:
@@ -122,14 +125,19 @@ class Client(threading.Thread):
                 self.wrong.append(f"{response.status}: {response.read()[:200]!r}")
                 return
             after = self.random.randrange(30) if leaves else 10**9
-            last = time.monotonic()
+            last, piece = time.monotonic(), None
             while after and (line := response.readline()):
                 after -= 1
-                self.events += line.startswith(b"data:")
-                if line.startswith(b"data:"):
-                    now = time.monotonic()
-                    self.gaps.append(now - last)
-                    last = now
+                now = time.monotonic()
+                if stream:
+                    self.silences.append(now - last)
+                last = now
+                is_piece = line.startswith(b'data: {"type":"content_block_delta"')
+                if is_piece or b'"delta":{"content":' in line:
+                    self.pieces += 1
+                    if piece is not None:
+                        self.gaps.append(now - piece)
+                    piece = now
         self.left += leaves
         self.answers += not leaves
 
@@ -250,14 +258,18 @@ def main() -> None:
     print(
         f"/health, p95 / max: {1e3 * percentile(healths, 0.95):.0f} / {1e3 * max(healths):.0f} ms"
     )
-    print(f"between events, p95 / max: {percentile(gaps, 0.95):.2f} / {max(gaps):.2f} s")
-    print(f"{'client':10}{'answers':>10}{'left':>10}{'refused':>10}{'events':>10}")
+    silences = [gap for client in clients for gap in client.silences]
+    for name, times in (("silence on the wire", silences), ("between two pieces", gaps)):
+        print(f"{name}, p95 / max: {percentile(times, 0.95):.2f} / {max(times):.2f} s")
+    print(f"{'client':10}{'answers':>10}{'left':>10}{'refused':>10}{'pieces':>10}")
     for client in clients:
-        row = (client.answers, client.left, client.refused, client.events)
+        row = (client.answers, client.left, client.refused, client.pieces)
         print(f"{client.number:<10}" + "".join(f"{value:10}" for value in row))
     print(f"{'the server holds':20}{'before':>12}{'after':>12}")
     for name, value in before.items():
         print(f"{name:20}{value:>12}{after[name]:>12}")
+    less = [held["memory MB"] - held["snapshots MB"] for held in (before, after)]
+    print(f"{'less snapshots MB':20}{less[0]:>12}{less[1]:>12}")
     print(f"exit code after Ctrl-C: {code}")
     for line in sorted({line for client in clients for line in client.wrong}):
         print("WRONG:", line)
