@@ -159,6 +159,13 @@ def test_a_call_in_free_text_is_constrained_from_its_opening(
     assert not found.finished
 
 
+def test_a_text_of_any_least_length_may_be_asked_for(checkpoint: Checkpoint) -> None:
+    """One that would take the library hours is only as long as it can count."""
+    schema = {"type": "object", "properties": {"a": {"type": "string", "minLength": 10**9}}}
+    found = constrain(checkpoint, tools=tools_of([{"name": "f", "parameters": schema}]))
+    say(found, checkpoint, "<tool_call>\n<function=f>\n<parameter=a>\nb")
+
+
 def test_none_forbids_the_opening(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)  # it is not needed for that
     found = constrain(checkpoint, tools=TOOLS, tool_choice="none")

@@ -195,6 +195,19 @@ def test_a_body_that_is_no_json_object_is_refused(demo, path, body, what) -> Non
     assert what in reply.json["error"]["message"]
 
 
+def test_what_the_template_will_not_render_is_refused_and_no_path_is_told(demo) -> None:
+    use = {"type": "tool_use", "id": "a", "name": "f", "input": {"a": 10**40}}
+    result = {"type": "tool_result", "tool_use_id": "a", "content": "b"}
+    turns = [
+        *QUESTION,
+        {"role": "assistant", "content": [use]},
+        {"role": "user", "content": [result]},
+    ]
+    reply = demo.message(messages=turns)
+    assert reply.status == 400
+    assert reply.json["error"]["message"].startswith("chat_template.jinja: ")
+
+
 def test_too_large_a_body_is_refused(demo, monkeypatch) -> None:
     monkeypatch.setattr("flashmoe.serve.app.MOST_BYTES", 1000)
     reply = demo.chat("x" * 2000)
