@@ -247,6 +247,7 @@ def test_blocks_of_a_message_open_and_close_in_order(tokenizer) -> None:
         ("message_stop", None),
     ]
     usage = {"input_tokens": 1, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 2}
+    usage |= {"output_tokens_details": {"thinking_tokens": 0}}
     assert events[0]["message"]["usage"] == usage | {"output_tokens": 0}
     assert events[-2]["usage"] == usage | {"output_tokens": 9}
     assert events[-2]["delta"] == {"stop_reason": "max_tokens", "stop_sequence": None}

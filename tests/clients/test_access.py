@@ -41,6 +41,7 @@ def _preflight(server: Served, origin: str):
         "Origin": origin,
         "Access-Control-Request-Method": "POST",
         "Access-Control-Request-Headers": "authorization,content-type,x-stainless-os",
+        "Access-Control-Request-Private-Network": "true",
     }
     return server.request("/v1/chat/completions", method="OPTIONS", headers=headers)
 
@@ -57,6 +58,7 @@ def test_pages_of_this_machine_may_ask(demo, origin) -> None:
     preflight = _preflight(demo, origin)
     assert preflight.status == 200
     assert "x-stainless-os" in preflight.headers["access-control-allow-headers"]
+    assert preflight.headers["access-control-allow-private-network"] == "true"
 
 
 @pytest.mark.parametrize(

@@ -197,6 +197,12 @@ def test_what_was_computed_is_read_from_the_cache(demo) -> None:
     assert usage.cache_read_input_tokens >= read
 
 
+def test_no_tokens_only_fill_the_cache(demo) -> None:
+    warm = _ask(demo, max_tokens=0)
+    assert (warm.content, warm.stop_reason) == ([], "max_tokens")
+    assert _ask(demo, max_tokens=1).usage.cache_read_input_tokens == warm.usage.input_tokens
+
+
 def test_claude_codes_request_is_answered_and_its_header_breaks_no_prefix(demo) -> None:
     def ask(number: int, *turns):
         system = [

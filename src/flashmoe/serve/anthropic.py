@@ -314,6 +314,7 @@ class MessageReply(Reply):
             "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": used.cached,
             "output_tokens": used.generated,
+            "output_tokens_details": {"thinking_tokens": used.reasoning},
         }
 
 

@@ -119,6 +119,7 @@ class Service:
             **origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
+            allow_private_network=True,  # browsers ask for it where a public page asks this machine
             expose_headers=["request-id", "x-request-id"],
         )
         return Starlette(
