@@ -138,7 +138,7 @@ class Served:
 @contextlib.contextmanager
 def served(model: flashmoe.Model, *, log_prompts: bool = False, **access: Any) -> Iterator[Served]:
     """A server for a model, in a thread of this process."""
-    from flashmoe.serve.app import Access  # noqa: PLC0415  (needs starlette)
+    from flashmoe.serve.access import Access  # noqa: PLC0415  (needs starlette)
     from flashmoe.serve.server import bind, make_server  # noqa: PLC0415
 
     with bind("127.0.0.1", 0) as listener:

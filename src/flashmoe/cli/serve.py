@@ -50,7 +50,7 @@ def serve(
       flashmoe serve demo --port 8000 --api-key secret
     """
     try:
-        from flashmoe.serve.app import Access  # noqa: PLC0415
+        from flashmoe.serve.access import Access  # noqa: PLC0415
         from flashmoe.serve.server import bind, make_server, url_of  # noqa: PLC0415
     except ImportError as error:
         raise ArgumentError(

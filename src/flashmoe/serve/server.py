@@ -10,7 +10,8 @@ import uvicorn
 
 from flashmoe.errors import ArgumentError
 from flashmoe.generate.constraint import prepare
-from flashmoe.serve.app import Access, make_app
+from flashmoe.serve.access import Access
+from flashmoe.serve.app import make_app
 
 if TYPE_CHECKING:
     from flashmoe.generate.model import Model
