@@ -117,13 +117,17 @@ def test_a_client_that_leaves_stops_the_work_and_what_was_computed_stays(
 
 
 def test_a_client_that_leaves_during_its_prompt_stops_that_too(demo) -> None:
-    turns = [{"role": "user", "content": "some words " * 1500}]
+    words = {"role": "user", "content": "some words " * 900}
+    turns = [words, {"role": "assistant", "content": "Yes"}, words]  # of two passes
     start = demo.rows()
     with _sent(demo, PATHS[0], {**CHAT, "messages": turns, "stream": True}) as connection:
         connection.recv(1000)
-        _until_busy(demo)
+        while demo.rows() == start:
+            time.sleep(0.005)
     demo.wait_until_idle()
-    assert demo.rows() - start < 3000
+    usage = demo.chat(messages=turns, max_tokens=1).json["usage"]
+    # The first pass stays, the second was stopped.
+    assert 1500 < usage["prompt_tokens_details"]["cached_tokens"] < 2000
 
 
 def test_health_answers_while_the_model_is_at_work(demo) -> None:
