@@ -3,12 +3,14 @@
 import contextlib
 import http.client
 import json
+import shutil
 import socket
 import threading
 import time
 
 import pytest
-from serving import Served
+from conversing import DEMO
+from serving import Served, served
 
 import flashmoe
 
@@ -210,6 +212,19 @@ def test_what_the_template_will_not_render_is_refused_and_no_path_is_told(demo) 
     reply = demo.message(messages=turns)
     assert reply.status == 400
     assert reply.json["error"]["message"].startswith("chat_template.jinja: ")
+
+
+def test_a_model_without_a_template_completes_texts_only(tmp_path) -> None:
+    directory = shutil.copytree(DEMO, tmp_path / "bare")
+    (directory / "chat_template.jinja").unlink()
+    with flashmoe.Model(directory) as model, served(model) as server:
+        for path in (*PATHS, "/v1/messages/count_tokens"):
+            reply = server.request(path, CHAT)
+            assert reply.status == 400
+            assert reply.json["error"]["message"].startswith("the checkpoint has no chat template")
+        body = {"prompt": "It was", "max_tokens": 3}
+        assert server.request("/v1/completions", body).json["usage"]["completion_tokens"] == 3
+        assert server.health()["model"] == server.request("/v1/models/bare").json["id"] == "bare"
 
 
 def test_too_large_a_body_is_refused(demo, monkeypatch) -> None:

@@ -96,8 +96,8 @@ class Ask:
             raise TooLongError(error.tokens, error.context) from error
         except (ArgumentError, CheckpointError) as error:
             # The latter where rendering the request would take too much.
-            message = str(error).replace(f"{model.directory}{os.sep}", "")
-            raise self._wrong(message) from error
+            message = str(error).removeprefix(f"{model.directory}: ")
+            raise self._wrong(message.replace(f"{model.directory}{os.sep}", "")) from error
 
     def _wrong(self, message: str) -> RequestError:
         """The error for a message that may begin with the name of what is wrong."""
