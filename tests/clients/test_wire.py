@@ -7,9 +7,10 @@ import shutil
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conversing import DEMO
+from conversing import DEMO, WEATHER
 from serving import Served, served
 
 import flashmoe
@@ -318,3 +319,43 @@ def test_both_apis_make_the_same_prompt(demo) -> None:
         ],
     )
     assert demo.prompts[-1] == demo.prompts[-2]
+
+
+def test_eight_of_every_kind_at_once_get_what_each_gets_alone(demo) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "integer"}, "b": {"enum": ["x", "y"]}},
+        "required": ["a", "b"],
+        "additionalProperties": False,
+    }
+    chat = {"messages": QUESTION, "max_tokens": 40, "temperature": 0.9}
+    tools = [{"name": "f", "input_schema": schema}]
+    format = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
+    output = {"type": "json_schema", "schema": schema}
+    asks = [
+        (PATHS[0], {**chat, "seed": 1}),
+        (PATHS[0], {**chat, "seed": 2, "n": 2}),
+        (PATHS[0], {**chat, "seed": 3, "response_format": format}),
+        (PATHS[0], {**chat, "seed": 4, "tools": [WEATHER], "tool_choice": "required"}),
+        (PATHS[1], {**chat, "seed": 5, "tools": tools, "tool_choice": {"type": "any"}}),
+        (PATHS[1], {**chat, "seed": 6, "thinking": {"type": "adaptive"}}),
+        ("/v1/completions", {"prompt": "It was", "max_tokens": 40, "seed": 7}),
+        (PATHS[1], {**chat, "seed": 8, "output_config": {"format": output}}),
+    ]
+
+    def content(ask):
+        whole = json.loads(demo.request(*ask).body)
+        if "choices" not in whole:
+            return [block.get("text") or block.get("input") for block in whole["content"]]
+        texts = []
+        for choice in whole["choices"]:
+            message = choice.get("message", {"content": choice.get("text")})
+            calls = message.get("tool_calls", ())
+            texts.append((message["content"], [call["function"] for call in calls]))
+        return texts
+
+    alone = [content(ask) for ask in asks]
+    assert all(alone)
+    demo.model.conversations.clear()
+    with ThreadPoolExecutor(len(asks)) as threads:
+        assert list(threads.map(content, asks)) == alone
