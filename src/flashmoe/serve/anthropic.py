@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flashmoe.checkpoint.json import strict_json
 from flashmoe.generate.answer import Answer, Delta
-from flashmoe.serve.ask import Ask, call_turn, in_order, sampling_of, schema_of, tool_definition
+from flashmoe.serve.ask import Ask, call_turn, in_order, sampling_of, tool_definition
 from flashmoe.serve.fields import Fields, RequestError, TooLongError
 from flashmoe.serve.reply import Event, Reply
 
@@ -31,7 +31,12 @@ _ERRORS = {
 
 
 def message_of(body: Fields, name: str, *, count: bool = False) -> Ask:
-    """What a message asks for; `count` if only its tokens are to be counted."""
+    """What a message asks for; RequestError for a field that is wrong.
+
+    Args:
+        name: the model's own, for a request that names none.
+        count: whether only its tokens are to be counted.
+    """
     most = body.whole("max_tokens", 0)
     if most is None and not count:
         raise body.wrong("max_tokens", "a whole number, 0 or more")
@@ -97,7 +102,7 @@ def _format(body: Fields, output: Fields | None) -> dict[str, Any]:
         return {}
     if given.choice("type", ("json_schema",)) is None:
         raise given.wrong("type", '"json_schema"')
-    return {"schema": schema_of(given, "schema")}
+    return {"schema": given.needed_object("schema").value}
 
 
 def _tool(given: Fields) -> dict[str, Any]:
@@ -118,9 +123,9 @@ def _tool_choice(body: Fields) -> dict[str, Any]:
     kind = choice.choice("type", ("auto", "any", "tool", "none"))
     if kind is None:
         raise choice.wrong("type", "one of auto, any, tool, none")
-    name: str | Mapping[str, Any] = {"type": kind}
+    chosen = {"name": choice.needed_text("name")} if kind == "tool" else {"type": kind}
     return {
-        "tool_choice": choice.needed_text("name") if kind == "tool" else name,
+        "tool_choice": chosen,
         "parallel_tool_calls": not choice.flag("disable_parallel_tool_use"),
     }
 

@@ -171,11 +171,6 @@ def variables_of(body: Fields) -> dict[str, Any]:
     return dict(given.value)
 
 
-def schema_of(fields: Fields, key: str) -> Mapping[str, Any]:
-    """A JSON schema."""
-    return fields.needed_object(key).value
-
-
 def call_turn(id: str | None, name: str, arguments: Any) -> dict[str, Any]:
     """A tool call of an assistant's turn."""
     return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}

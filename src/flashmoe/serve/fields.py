@@ -40,6 +40,9 @@ class TooLongError(RequestError):
 class Fields:
     """A JSON object. A field that is null is as good as absent.
 
+    Each method gives the value of a field of one type, and None where the field is absent (but for
+    those that begin with `needed`). It raises a RequestError with the field's name if it is wrong.
+
     Args:
         value: what should be an object.
         where: its own name within the request; "" for the request.

@@ -12,7 +12,6 @@ from flashmoe.serve.ask import (
     in_order,
     processors_of,
     sampling_of,
-    schema_of,
     tool_definition,
     variables_of,
 )
@@ -25,7 +24,12 @@ _TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 
 
 def chat_of(body: Fields, name: str, vocab_size: int) -> Ask:
-    """What a chat completion asks for; `name` is the model's own."""
+    """What a chat completion asks for; RequestError for a field that is wrong.
+
+    Args:
+        name: the model's own, for a request that names none.
+        vocab_size: ids that `logit_bias` may name are below it.
+    """
     if not body.items("messages"):
         raise body.wrong("messages", "a list of at least one message")
     variables = variables_of(body)
@@ -65,7 +69,7 @@ def chat_of(body: Fields, name: str, vocab_size: int) -> Ask:
 
 
 def completion_of(body: Fields, name: str, vocab_size: int) -> Ask:
-    """What a completion asks for."""
+    """What a completion asks for, its arguments being those of `chat_of`."""
     if body.text("suffix"):
         raise RequestError("suffix is not supported", "suffix")
     top = body.whole("logprobs", 0, 20)
@@ -127,7 +131,7 @@ def _format(body: Fields) -> dict[str, Any]:
     if kind == "json_object":
         return {"json_object": True}
     if kind == "json_schema":
-        return {"schema": schema_of(given.needed_object("json_schema"), "schema")}
+        return {"schema": given.needed_object("json_schema").needed_object("schema").value}
     return {}
 
 
@@ -143,7 +147,7 @@ def _tool_choice(body: Fields) -> str | Mapping[str, Any]:
         return choice or "auto"
     given = Fields(choice, "tool_choice")
     if given.text("type") == "function":
-        return given.needed_object("function").needed_text("name")
+        return {"name": given.needed_object("function").needed_text("name")}
     raise given.wrong("type", '"function"')
 
 
