@@ -24,6 +24,9 @@ class TextStream:
 
     The pieces add up to `tokenizer.decode(ids)`, cut before the first stop string. Bytes of an
     unfinished UTF-8 character are held back, and so is text that may be the start of a stop string.
+
+    Attributes:
+        stop: the stop string that was met; None before that.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: str | Sequence[str] | None = None) -> None:
@@ -35,10 +38,15 @@ class TextStream:
         # Replaces invalid bytes as Rust's from_utf8_lossy does: one U+FFFD a maximal subpart.
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
-        self.stopped = False
+        self.stop: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was met, behind which nothing is given."""
+        return self.stop is not None
 
     def push(self, token: int) -> str:
-        """The text that became final with this token; `stopped` turns True at a stop string."""
+        """The text that became final with this token; `stop` is set at a stop string."""
         return self._give(self._utf8.decode(piece_bytes(self._tokenizer.piece(token))))
 
     def finish(self) -> str:
@@ -51,10 +59,11 @@ class TextStream:
 
     def _give(self, text: str) -> str:
         text = self._held + text
-        found = [(i, -len(s)) for s in self._stop if (i := text.find(s)) >= 0]
+        found = [(i, -len(s), s) for s in self._stop if (i := text.find(s)) >= 0]
         if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)[0]]
+            at, _, self.stop = min(found)
+            self._held = ""
+            return text[:at]
         keep = max((overlap(text, s) for s in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
