@@ -52,7 +52,23 @@ Temperature = Annotated[
 Seed = Annotated[
     int | None, typer.Option(min=0, metavar="N", help="The same seed draws the same tokens.")
 ]
+Eos = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="TOKEN",
+        help="End after this token too, as the tokenizer writes it or its id; may be given several "
+        "times.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
+
+
+def parse_eos(given: list[str] | None) -> list[int | str]:
+    """`eos` as the library takes it."""
+    return [
+        int(token) if token.isascii() and token.isdecimal() and len(token) < 10 else token
+        for token in given or ()
+    ]
 
 
 def parse_experts(given: str) -> ExpertsPerToken:

@@ -81,7 +81,7 @@ class Prompts:
 
     def make(
         self,
-        messages: Sequence[Message],
+        messages: Iterable[Message],
         tools: Sequence[ToolSpec] = (),
         variables: Mapping[str, Any] | None = None,
         *,

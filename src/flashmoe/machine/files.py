@@ -63,12 +63,36 @@ def regular_file_size(path: Path) -> int:
     try:
         status = os.stat(path)
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; is the download complete?") from None
+        gone = f" (a link to {os.readlink(path)}, which is gone)" if os.path.islink(path) else ""
+        raise CheckpointError(f"{path}: no such file{gone}; is the download complete?") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be opened: {_reason(error)}") from None
     if not stat.S_ISREG(status.st_mode):
         raise CheckpointError(f"{path}: not a regular file")
     return status.st_size
+
+
+def require_itself(path: Path, beginning: bytes) -> None:
+    """Raises CheckpointError where a file is what often stands in the place of another.
+
+    Git LFS leaves pointers where it is not installed, and a server a page that says no.
+    """
+    start = beginning[:64].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(
+            f"{path}: is a Git LFS pointer, not the file that it stands for; run 'git lfs pull' in"
+            " its directory, or download the model with 'hf download'"
+        )
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise CheckpointError(
+            f"{path}: is a web page, not the file; download it again, signed in if its owner asks"
+            " for that ('hf auth login')"
+        )
+    if start.startswith(b"gguf"):
+        raise CheckpointError(
+            f"{path}: is a GGUF file, which flashmoe does not read; take the model's safetensors"
+            " edition"
+        )
 
 
 def open_file(path: Path) -> FileIO:
@@ -88,18 +112,21 @@ def read_file(path: Path, limit: int) -> bytes:
     """All of a regular file of at most `limit` bytes.
 
     Raises:
-        CheckpointError: as regular_file_size; too long, or it cannot be read.
+        CheckpointError: as regular_file_size; too long, something else in its place, or it cannot
+            be read.
     """
     size = regular_file_size(path)
     if size > limit:
         raise CheckpointError(f"{path}: {size} bytes; at most {limit} are believable here")
     try:
         with path.open("rb") as file:
-            return file.read(size)
+            data = file.read(size)
     except MemoryError:
         raise OutOfMemoryError(f"{path}: there is no memory for its {size} bytes") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {_reason(error)}") from None
+    require_itself(path, data)
+    return data
 
 
 @contextmanager
