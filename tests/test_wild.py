@@ -1,9 +1,12 @@
 """Checkpoints as they are published, converted and kept: each kind was a public bug report."""
 
+import errno
 import json
 import logging
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import numpy as np
 import pytest
 from engines import TestEngine, random_ids
 from fake_engine import install, make_directory, make_tokenizer, spelling
+from programs import environment
 from tensors import load, save
 
 import flashmoe
@@ -23,6 +27,8 @@ from flashmoe.errors import ArgumentError, CheckpointError
 from flashmoe.generate.messages import prepare
 from flashmoe.generate.sampling import Sampling
 from flashmoe.generate.text import TextStream
+from flashmoe.machine.files import replacing
+from flashmoe.pack.pack import pack
 
 Get = Callable[[str], Path]
 USER = {"role": "user", "content": "Hi"}
@@ -199,8 +205,6 @@ def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_used(
     ids = random_ids(300, 5)
     expected = TestEngine(checkpoint(name)).logits(ids)
     assert np.array_equal(TestEngine(directory).logits(ids), expected)
-    from flashmoe.pack.pack import pack  # noqa: PLC0415
-
     pack(directory, directory.with_name("pack"), bits=16)
     assert "lm_head" in Checkpoint.open(directory.with_name("pack")).matrices
 
@@ -386,3 +390,108 @@ def test_modelopt_is_named_where_only_its_own_file_says_so(copy) -> None:
 )
 def test_what_means_off_elsewhere_means_off(given, expected) -> None:
     assert Sampling.from_generation_config({"do_sample": True, **given}) == expected
+
+
+# Disks
+
+
+@pytest.mark.parametrize("code", [errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS, errno.EBADF], ids=str)
+def test_a_file_system_without_locks_can_be_packed_to(copy, tmp_path, monkeypatch, code) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    pack(copy("mlx-4"), tmp_path / "pack")
+    Checkpoint.open(tmp_path / "pack")
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP], ids=str)
+def test_a_file_system_that_syncs_nothing_can_be_written_to(tmp_path, monkeypatch, code) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    for name in ("fsync", "fchmod"):
+        monkeypatch.setattr(os, name, refuse)
+    (tmp_path / "a").write_text("old")
+    with replacing(tmp_path / "a") as out:
+        os.write(out, b"new")
+    assert (tmp_path / "a").read_text() == "new"
+    code = errno.EIO
+    with pytest.raises(flashmoe.WriteError), replacing(tmp_path / "a"):
+        pass
+
+
+def test_a_source_that_changes_stops_the_pack_at_the_next_file(copy, tmp_path) -> None:
+    directory = copy("sharded")
+    seen = []
+
+    def change(done: int, total: int) -> None:
+        if done > 0 and max(seen) == 0:
+            os.utime(sorted(directory.glob("*.safetensors"))[-1], ns=(1, 1))
+        seen.append(done / total)
+
+    with pytest.raises(
+        flashmoe.ReadError, match="was changed or replaced while it was being packed"
+    ):
+        pack(directory, tmp_path / "pack", progress=change)
+    assert max(seen) < 0.9
+    assert not (tmp_path / "pack/config.json").exists()
+
+
+def test_templates_that_are_named_are_packed_and_none_from_elsewhere(copy, tmp_path) -> None:
+    directory = copy("mlx-4")
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates/tool_use.jinja").write_text("tools")
+    pack(directory, tmp_path / "pack")
+    template = Checkpoint.open(tmp_path / "pack").tools_template
+    assert template is not None and template.text == "tools"
+    shutil.move(directory / "additional_chat_templates", tmp_path / "elsewhere")
+    (directory / "additional_chat_templates").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=r"tool_use\.jinja: is a link to"):
+        pack(directory, tmp_path / "again")
+
+
+SHIM = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <sys/types.h>
+
+// Refuses direct reads behind the first LATE bytes of a file, as some file systems do.
+static ssize_t refuse(const char* name, int fd, void* to, size_t n, off_t at) {
+  if ((fcntl(fd, F_GETFL) & O_DIRECT) && at >= atoll(getenv("LATE"))) {
+    errno = ENOTSUP;
+    return -1;
+  }
+  return ((ssize_t(*)(int, void*, size_t, off_t))dlsym(RTLD_NEXT, name))(fd, to, n, at);
+}
+ssize_t pread(int fd, void* to, size_t n, off_t at) { return refuse("pread", fd, to, n, at); }
+ssize_t pread64(int fd, void* to, size_t n, off_t at) { return refuse("pread64", fd, to, n, at); }
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs LD_PRELOAD")
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+@pytest.mark.parametrize("late", ["0", "4096"])
+def test_direct_reads_that_a_file_system_refuses_become_others(checkpoint, tmp_path, late) -> None:
+    (tmp_path / "shim.c").write_text(SHIM)
+    shim = tmp_path / "shim.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", shim, tmp_path / "shim.c", "-ldl"], check=True)
+    code = (
+        "import flashmoe, hashlib, sys\n"
+        "model = flashmoe.Model(sys.argv[1], threads=1, cache='1MB')\n"
+        "print(hashlib.sha1(model.logits([1, 2, 3])).hexdigest())"
+    )
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", code, str(checkpoint("mlx-4"))],
+            env=environment(**preload),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        for preload in ({}, {"LD_PRELOAD": str(shim), "LATE": late})
+    ]
+    assert runs[0].stdout and runs[1].stdout == runs[0].stdout, runs[1].stderr

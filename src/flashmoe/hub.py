@@ -1,6 +1,8 @@
 """The Hugging Face hub: all that is HTTP. It knows files and headers, not what they mean."""
 
+import hashlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -95,6 +97,40 @@ def read_headers(model: str, commit: str, files: Sequence[str]) -> list[RemoteTe
         for file, header in zip(files, headers, strict=True)
         for name, tensor in header.tensors.items()
     ]
+
+
+@dataclass(frozen=True)
+class Hash:
+    """What the hub calls a file's content by: SHA-256, or of small files git's name of it."""
+
+    kind: str
+    value: str
+
+    def begin(self, nbytes: int) -> "hashlib._Hash":
+        """The digest of a file of so many bytes, whose content is to follow."""
+        if self.kind == "sha256":
+            return hashlib.sha256()
+        return hashlib.sha1(f"blob {nbytes}\0".encode(), usedforsecurity=False)
+
+
+def known_hash(path: Path) -> Hash | None:
+    """The hash that a file was downloaded under, as the download left it beside; no network.
+
+    In the hub's cache files are links to blobs of that name; `hf download --local-dir` writes it
+    into `.cache/huggingface`.
+    """
+    said = ""
+    try:
+        target = Path(os.readlink(path))
+        if target.parent.name == "blobs":
+            said = target.name
+    except OSError:
+        note = path.parent / ".cache/huggingface/download" / f"{path.name}.metadata"
+        with suppress(OSError, UnicodeDecodeError, IndexError):
+            said = note.read_text()[:1000].split("\n")[1].strip()
+    if re.fullmatch("[0-9a-f]{64}", said):
+        return Hash("sha256", said)
+    return Hash("git", said) if re.fullmatch("[0-9a-f]{40}", said) else None
 
 
 def cache_place() -> Path:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from flashmoe.cli import bench, chat, doctor, evaluate, generate, info, pack
+from flashmoe.cli import bench, chat, doctor, evaluate, generate, info, pack, verify
 from flashmoe.errors import ArgumentError, FlashMoeError
 
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE = 1, 2, 130, 141
@@ -94,6 +94,7 @@ app.command("chat")(chat.chat)
 app.command("doctor")(doctor.doctor)
 app.command("generate")(generate.generate)
 app.command("pack")(pack.pack)
+app.command("verify")(verify.verify)
 app.command("info")(info.info)
 app.command("bench")(bench.bench)
 app.command("eval")(evaluate.evaluate)

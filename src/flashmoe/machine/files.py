@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import stat
@@ -146,9 +147,11 @@ def replacing(path: Path) -> Iterator[int]:
         mode = _mode_of(path)
         descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         if mode is not None:
-            os.fchmod(descriptor, mode)
+            with _unless_unsupported(errno.EPERM):
+                os.fchmod(descriptor, mode)
         yield descriptor
-        os.fsync(descriptor)
+        with _unless_unsupported():
+            os.fsync(descriptor)
         # A network file system may say only now that there was no room.
         closing, descriptor = descriptor, -1
         os.close(closing)
@@ -175,6 +178,16 @@ def write_at(descriptor: int, data: Any, offset: int) -> int:
         written = os.pwrite(descriptor, view, offset)
         view, offset = view[written:], offset + written
     return offset
+
+
+@contextmanager
+def _unless_unsupported(*more: int) -> Iterator[None]:
+    """Goes on where a file system, of a network or of a card, does not have such a thing."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, *more):
+            raise
 
 
 def _mode_of(path: Path) -> int | None:
