@@ -9,6 +9,8 @@ import typer
 from flashmoe.checkpoint.config import ExpertsPerToken
 from flashmoe.errors import ArgumentError
 
+MAX_THREADS = 1024
+
 Source = Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a directory, or 'demo'.")]
 Experts = Annotated[
     str,
@@ -26,7 +28,12 @@ Precision = Annotated[
 ]
 Threads = Annotated[
     int | None,
-    typer.Option(min=1, metavar="N", help="To compute with; all physical cores if not given."),
+    typer.Option(
+        min=1,
+        max=MAX_THREADS,
+        metavar="N",
+        help="To compute with; all physical cores if not given.",
+    ),
 ]
 Cache = Annotated[
     str | None,
