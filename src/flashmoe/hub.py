@@ -41,7 +41,7 @@ def download(model: str, files: Sequence[str], commit: str | None = None) -> Pat
     # Importing huggingface_hub takes most of a second, and a local directory does not need it.
     from huggingface_hub import snapshot_download  # noqa: PLC0415
 
-    with _explained(model):
+    with _explained(model, commit):
         return Path(snapshot_download(model, revision=commit, allow_patterns=list(files)))
 
 
@@ -63,7 +63,7 @@ def fetch(
     from huggingface_hub import hf_hub_download  # noqa: PLC0415
     from huggingface_hub.errors import EntryNotFoundError  # noqa: PLC0415
 
-    with _explained(model):
+    with _explained(model, revision):
         directory = Path(hf_hub_download(model, needed, revision=revision)).parent
         for file in optional:
             with suppress(EntryNotFoundError):
@@ -144,7 +144,7 @@ def cache_place() -> Path:
 
 
 @contextmanager
-def _explained(model: str) -> Iterator[None]:
+def _explained(model: str, revision: str | None = None) -> Iterator[None]:
     """Turns whatever talking to the hub raises into a CheckpointError that says what to do."""
     from huggingface_hub import errors  # noqa: PLC0415
 
@@ -157,7 +157,7 @@ def _explained(model: str) -> Iterator[None]:
         ) from None
     except errors.RevisionNotFoundError:
         raise CheckpointError(
-            f"{model}: has no such revision on the Hugging Face hub; behind the @ stands a branch,"
+            f"{model}@{revision}: has no such revision on the Hugging Face hub; behind the @ stands a branch,"
             " a tag or a whole commit"
         ) from None
     except errors.RepositoryNotFoundError:
