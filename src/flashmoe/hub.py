@@ -157,8 +157,8 @@ def _explained(model: str, revision: str | None = None) -> Iterator[None]:
         ) from None
     except errors.RevisionNotFoundError:
         raise CheckpointError(
-            f"{model}@{revision}: has no such revision on the Hugging Face hub; behind the @ stands a branch,"
-            " a tag or a whole commit"
+            f"{model}@{revision}: has no such revision on the Hugging Face hub; behind the @ stands"
+            " a branch, a tag or a whole commit"
         ) from None
     except errors.RepositoryNotFoundError:
         raise CheckpointError(
