@@ -335,6 +335,12 @@ FOREIGN: dict[str, tuple[str, bytes, str]] = {
     "an index that is a pointer": (INDEX, LFS, "git lfs pull"),
     "weights that are a page": ("model.safetensors", b"<!DOCTYPE html><html>No", "web page"),
     "a config that is a page": ("config.json", b"\n<HTML><body>401", "web page"),
+    "weights of which only the room was made": (
+        "model.safetensors",
+        bytes(9999),
+        "begins with zeros",
+    ),
+    "a config of which only the room was made": ("config.json", bytes(99), "begins with zeros"),
     "weights that are GGUF": ("model.safetensors", b"GGUF" + bytes(99), "GGUF file"),
 }
 
@@ -344,7 +350,7 @@ def test_what_is_not_the_file_is_named_for_what_it_is(copy, case) -> None:
     name, data, words = FOREIGN[case]
     directory = copy("mlx-4")
     (directory / name).write_bytes(data)
-    with pytest.raises(CheckpointError, match=rf"{name}: is a .*{words}"):
+    with pytest.raises(CheckpointError, match=rf"{name}: (is a .*)?{words}"):
         Checkpoint.open(directory)
 
 

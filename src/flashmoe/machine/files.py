@@ -78,6 +78,11 @@ def require_itself(path: Path, beginning: bytes) -> None:
 
     Git LFS leaves pointers where it is not installed, and a server a page that says no.
     """
+    if len(beginning) >= 16 and not any(beginning):
+        raise CheckpointError(
+            f"{path}: begins with zeros: it was never downloaded, only its room was made; download"
+            " it again"
+        )
     start = beginning[:64].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if start.startswith(b"version https://git-lfs"):
         raise CheckpointError(
@@ -126,7 +131,7 @@ def read_file(path: Path, limit: int) -> bytes:
         raise OutOfMemoryError(f"{path}: there is no memory for its {size} bytes") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {_reason(error)}") from None
-    require_itself(path, data)
+    require_itself(path, data[:64])
     return data
 
 
