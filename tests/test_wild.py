@@ -341,6 +341,13 @@ FOREIGN: dict[str, tuple[str, bytes, str]] = {
         "begins with zeros",
     ),
     "a config of which only the room was made": ("config.json", bytes(99), "begins with zeros"),
+    "weights that a server had not": (
+        "model.safetensors",
+        b"Entry not found",
+        "is text.*Entry not",
+    ),
+    "weights that are an error": ("model.safetensors", b'{"error":"Unauthorized"}', "is text"),
+    "weights of PyTorch": ("model.safetensors", b"PK\x03\x04" + bytes(99), "zip file"),
     "weights that are GGUF": ("model.safetensors", b"GGUF" + bytes(99), "GGUF file"),
 }
 
@@ -352,6 +359,13 @@ def test_what_is_not_the_file_is_named_for_what_it_is(copy, case) -> None:
     (directory / name).write_bytes(data)
     with pytest.raises(CheckpointError, match=rf"{name}: (is a .*)?{words}"):
         Checkpoint.open(directory)
+
+
+def test_a_config_that_begins_with_the_mark_of_windows_editors_is_read(copy) -> None:
+    directory = copy("base")
+    path = directory / "config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    Checkpoint.open(directory)
 
 
 def test_a_tokenizer_that_is_a_pointer_says_so(tmp_path) -> None:
@@ -390,6 +404,7 @@ def test_modelopt_is_named_where_only_its_own_file_says_so(copy) -> None:
         ({"top_k": -1}, Sampling(temperature=1)),
         ({"top_p": 1.5, "min_p": -1, "repetition_penalty": 0}, Sampling(temperature=1)),
         ({"top_p": 0}, Sampling(temperature=1, top_p=1e-9)),
+        ({"do_sample": None}, Sampling()),
         ({"top_k": None, "top_p": None, "temperature": 0.5}, Sampling(temperature=0.5)),
     ],
     ids=str,

@@ -79,6 +79,12 @@ def read_open(file: BinaryIO, path: Path, size: int) -> tuple[dict[str, Tensor],
     """Likewise of an open file of `size` bytes; also what it says of itself, its `__metadata__`."""
     beginning = file.read(64)
     require_itself(path, beginning)
+    # The length of a header ends in zeros. Servers answer in words where they have no file.
+    if len(beginning) >= 8 and beginning.isascii() and beginning[:8].decode().isprintable():
+        raise CheckpointError(
+            f"{path}: is text, and not a safetensors file: {_short(beginning.decode())}; download"
+            " it again"
+        )
     file.seek(8)
     prefix = beginning[:8]
     if len(prefix) < 8:

@@ -27,7 +27,7 @@ from flashmoe.cli.options import (
 from flashmoe.cli.progress import Bar
 from flashmoe.cli.report import stats_line
 from flashmoe.cli.running import open_model
-from flashmoe.errors import ArgumentError, FlashMoeError
+from flashmoe.errors import ArgumentError, FlashMoeError, printable
 
 if TYPE_CHECKING:
     from flashmoe.generate.model import Model
@@ -148,7 +148,7 @@ class Talk:
         path = _path(name, "/save")
         record = {
             "format": FORMAT,
-            "model": self._model.source,
+            "model": printable(self._model.source, 4096),  # a path need not be UTF-8
             "system": self._system,
             "think": self._think,
             "turns": self._turns,

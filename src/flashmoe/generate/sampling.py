@@ -72,7 +72,8 @@ class Sampling:
                 del given[name]
         if given.get("top_p") == 0:  # the likeliest token alone, as transformers has it
             given["top_p"] = 1e-9
-        if config.get("do_sample", "temperature" in given) is False:
+        samples = config.get("do_sample")
+        if ("temperature" in given if samples is None else samples) is False:
             given["temperature"] = 0.0
         else:
             given.setdefault("temperature", 1.0)

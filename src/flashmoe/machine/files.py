@@ -94,6 +94,11 @@ def require_itself(path: Path, beginning: bytes) -> None:
             f"{path}: is a web page, not the file; download it again, signed in if its owner asks"
             " for that ('hf auth login')"
         )
+    if start.startswith(b"pk\x03\x04"):
+        raise CheckpointError(
+            f"{path}: is a zip file, as PyTorch writes weights, which flashmoe does not read; take"
+            " the model's safetensors edition"
+        )
     if start.startswith(b"gguf"):
         raise CheckpointError(
             f"{path}: is a GGUF file, which flashmoe does not read; take the model's safetensors"
