@@ -53,7 +53,9 @@ FAULTS = (
         "if unnamed := names - found.keys():",
         "wild",
     ),
-    Fault(P + "checkpoint/zeros.py", "if end - begin >= LEAST:", "if end - begin > 4096:", "verify"),
+    Fault(
+        P + "checkpoint/zeros.py", "if end - begin >= LEAST:", "if end - begin > 4096:", "verify"
+    ),
     Fault(P + "checkpoint/json.py", "if len(result) != len(pairs):", "if not pairs:", "damage"),
     Fault(
         P + "checkpoint/table.py",
