@@ -16,7 +16,7 @@ import pytest
 from engines import TestEngine, random_ids
 from fake_engine import install, make_directory, make_tokenizer, spelling
 from programs import environment
-from tensors import load, save
+from tensors import Tensor, load, save
 
 import flashmoe
 from flashmoe.checkpoint.metadata import Metadata
@@ -290,6 +290,18 @@ def test_shards_without_an_index_open(copy, checkpoint) -> None:
     (directory / INDEX).symlink_to("../../blobs/gone")
     expected = Checkpoint.open(checkpoint("nested-bf16-sharded")).fingerprint
     assert Checkpoint.open(directory).fingerprint == expected
+
+
+def test_vision_and_mtp_are_skipped_under_every_prefix_and_quantization(copy) -> None:
+    directory = copy("mlx-4")
+    tensors = load(directory / "model.safetensors")
+    whole = Checkpoint.open(directory).fingerprint
+    for name in ("vision_tower.x", "model.vision_tower.x", "language_model.model.mtp.fc", "mtp.fc"):
+        tensors[f"{name}.weight"] = Tensor("U32", np.zeros((4, 6), np.uint32))
+        tensors[f"{name}.scales"] = Tensor("U8", np.zeros((4, 1), np.uint8))
+    save(tensors, directory / "model.safetensors")
+    (directory / INDEX).unlink()
+    assert Checkpoint.open(directory).fingerprint == whole
 
 
 def test_a_link_to_a_shard_of_vision_that_was_deleted_does_no_harm(copy) -> None:

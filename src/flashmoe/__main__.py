@@ -1,8 +1,7 @@
 """The `flashmoe` program, which `python -m flashmoe` is too."""
 
+import _signal as signal  # type: ignore[import-not-found]  # without what `signal` imports
 import os
-import signal
-from typing import NoReturn
 
 
 def main() -> None:
@@ -26,7 +25,7 @@ def main() -> None:
     raise SystemExit(code)
 
 
-def _stop(*_: object) -> NoReturn:
+def _stop(*_: object) -> None:
     os._exit(130)
 
 

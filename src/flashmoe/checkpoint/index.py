@@ -14,15 +14,20 @@ from flashmoe.machine.files import is_there, names_in
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-# Multi-token prediction and vision, which generating text does not need, and the bytes that align
-# a pack's experts.
+# Multi-token prediction and vision, which generating text does not need, under every prefix that
+# conversions give them, and the bytes that align a pack's experts.
 _SKIPPED = (
-    "mtp.",
-    "model.mtp.",
-    "language_model.mtp.",
-    "model.visual.",
-    "visual.",
-    "vision_tower.",
+    *(
+        f"{prefix}{module}."
+        for prefix in (
+            "",
+            "model.",
+            "language_model.",
+            "model.language_model.",
+            "language_model.model.",
+        )
+        for module in ("mtp", "visual", "vision_tower", "vision_model")
+    ),
     "padding.",
 )
 

@@ -163,10 +163,14 @@ class ChatTemplate:
                 f"{self.path}: the chat template refuses this: {failure}"
             ) from failure
 
+    def reads(self, name: str) -> bool:
+        """Whether it has a variable of that name."""
+        return name in self._compiled.variables
+
     def _say_what_has_no_effect(self, variables: Mapping[str, Any]) -> None:
         for name in variables.keys() - self._known:
             self._known.add(name)  # said once
-            if name in self._compiled.variables:
+            if self.reads(name):
                 continue
             what = "; a model that reasons does so all the same" if "think" in name else ""
             log.warning(
