@@ -2,7 +2,6 @@
 
 import os
 import re
-from contextlib import suppress
 from pathlib import Path
 
 from flashmoe.errors import CheckpointError
@@ -25,13 +24,12 @@ def find_local(source: str | os.PathLike[str]) -> Path | None:
         path = Path(name).expanduser()
         if name and path.is_dir():
             return path
+        is_file = path.is_file()
         possible = isinstance(source, str) and not path.exists() and _HUB_ID.fullmatch(name)
     except (OSError, RuntimeError):  # a name that is too long, ~ of nobody
-        possible = None
-    if possible is None or possible is False:
-        with suppress(OSError, RuntimeError):
-            if name and Path(name).expanduser().is_file():
-                raise CheckpointError(_of_file(Path(name)))
+        is_file, possible = False, None
+    if is_file:
+        raise CheckpointError(_of_file(path))
     if not possible:
         raise CheckpointError(
             f"{name or 'an empty name'}: no such directory; give the directory of a checkpoint,"

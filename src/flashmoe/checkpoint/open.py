@@ -16,7 +16,7 @@ from flashmoe.checkpoint.config import ModelConfig
 from flashmoe.checkpoint.find import find_local, split_revision
 from flashmoe.checkpoint.fingerprint import fingerprint
 from flashmoe.checkpoint.headers import Tensor
-from flashmoe.checkpoint.index import INDEX, Index, is_skipped, weights_among
+from flashmoe.checkpoint.index import INDEX, SINGLE, Index, is_skipped, weights_among
 from flashmoe.checkpoint.metadata import Metadata
 from flashmoe.checkpoint.table import Format, StoredExperts, StoredMatrix, StoredVector
 from flashmoe.checkpoint.template import ChatTemplate
@@ -92,15 +92,14 @@ class Checkpoint:
                 " the model's safetensors edition"
             )
         config = ModelConfig.of(metadata)
-        index = Index(directory) if is_there(directory / INDEX) else None
+        files = Index(directory).files if is_there(directory / INDEX) else [SINGLE]
         # The weights must be of the commit that the metadata is of.
         commit = directory.name
-        if index is not None:
-            hub.download(model, index.files, commit)
-        if index is None or not all(is_there(directory / file) for file in index.files):
+        hub.download(model, files, commit)
+        if not all(is_there(directory / file) for file in files):
             hub.download(model, ["model*.safetensors"], commit)
-            if not weights_among(names_in(directory)):
-                hub.download(model, ["*.safetensors"], commit)
+        if not weights_among(names_in(directory)):
+            hub.download(model, ["*.safetensors"], commit)
         return _open_directory(name, metadata, config)
 
     @staticmethod
@@ -115,7 +114,7 @@ class Checkpoint:
         config = ModelConfig.of(metadata)
         commit = metadata.directory.name
         present = hub.list_files(model, commit)
-        files = weights_among(present)
+        files = [SINGLE] if SINGLE in present else weights_among(present)
         if is_there(metadata.directory / INDEX):
             indexed = Index(metadata.directory).files
             if set(indexed) <= set(present):  # or else it is stale
