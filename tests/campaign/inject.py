@@ -72,6 +72,7 @@ class Injection:
         for scenario in ("open", "open, direct", "open packed"):
             plan += [(scenario, o, "once", errno.EIO, False) for o in (*reads, "map", "thread")]
             plan += [(scenario, "new", "once", 0, False)]
+            plan += [(scenario, o, "always", errno.EIO, False) for o in reads]
             plan += [(scenario, o, "end", 0, False) for o in ("read", "pread")]
             plan += [(scenario, o, "short", 0, False) for o in ("read", "pread")]
             plan += [(scenario, "open", "once", e, False) for e in (errno.EMFILE, errno.EACCES)]
@@ -81,14 +82,16 @@ class Injection:
             plan += [(scenario, "pread", m, errno.EIO, False) for m in ("always", "end", "short")]
             plan += [(scenario, "pread", "once", errno.EAGAIN, False)]
         writes = ["open", "write", "fsync", "rename", "unlink", "close", "chmod", "stat", "fstat"]
-        plan += [("save", o, "once", errno.ENOSPC, True) for o in writes]
-        plan += [("save", "write", m, errno.ENOSPC, True) for m in ("always", "short")]
+        plan += [("save", o, m, errno.ENOSPC, True) for o in writes for m in ("once", "always")]
+        plan += [(s, "new", "once", 0, True) for s in ("save", "chat", "pack")]
+        plan += [("save", "write", "short", errno.ENOSPC, True)]
         plan += [("save", "write", "interrupted", errno.EINTR, True)]
         plan += [("load", o, "once", errno.EIO, True) for o in (*reads, "map", "new")]
         plan += [("load", "read", m, 0, True) for m in ("short", "end")]
         plan += [("chat", o, "once", errno.EIO, False) for o in reads]
         writes += ["mkdir", "truncate", "lock", "statvfs", "list", "thread"]
         plan += [("pack", o, "once", errno.ENOSPC, True) for o in writes]
+        plan += [("pack", o, "once", errno.EIO, True) for o in writes]
         plan += [("pack", "write", m, errno.ENOSPC, True) for m in ("always", "short")]
         plan += [("pack", o, "once", errno.EIO, False) for o in reads]
         plan += [("pack", "pread", m, 0, False) for m in ("short", "end")]
@@ -348,10 +351,13 @@ class Injection:
 
 
 def sweep(
-    injection: Injection, run: Callable[[list[Case]], Iterator[Any]], row: Any, most: int
+    injection: Injection,
+    run: Callable[[list[Case]], Iterator[Any]],
+    row: Any,
+    at: int,
+    most: int,
 ) -> Iterator[Any]:
-    """Outcomes of a fault at every Nth call, until there is none or `most` were tried."""
-    at = 1
+    """Outcomes of a fault at every Nth call from N = at to most, until there is none."""
     while at <= most:
         batch = range(at, min(at + 32, most + 1))
         for outcome in run([injection.case(*row, nth) for nth in batch]):

@@ -26,3 +26,12 @@ def test_nothing_crashes_hangs_leaks_or_goes_on_wrongly(tmp_path: Path) -> None:
     assert result["past_header"] >= 0.4 * counts["damaged inputs"]
     refused = result["counts"]["damaged inputs"]["refused"]
     assert refused >= 0.4 * counts["damaged inputs"], "the damage does little"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs LD_PRELOAD and /proc")
+def test_no_allocation_that_fails_spoils_a_later_answer(tmp_path: Path) -> None:
+    command = [sys.executable, RUN, "--only", "generate: new", "--faults", "1000"]
+    command += ["--inputs", "0", "--interrupts", "0", "--kills", "0", "--scratch", tmp_path]
+    run = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "faults: " in run.stdout

@@ -19,7 +19,7 @@ from flashmoe.checkpoint.headers import Tensor
 from flashmoe.checkpoint.index import INDEX, SINGLE, Index, is_skipped, weights_among
 from flashmoe.checkpoint.metadata import Metadata
 from flashmoe.checkpoint.table import Format, StoredExperts, StoredMatrix, StoredVector
-from flashmoe.checkpoint.template import ChatTemplate
+from flashmoe.checkpoint.template import TEMPLATES, ChatTemplate
 from flashmoe.checkpoint.tokenizer import Tokenizer
 from flashmoe.checkpoint.weights import WeightFinder
 from flashmoe.errors import CheckpointError
@@ -42,7 +42,7 @@ _METADATA_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
     "chat_template.json",
-    "additional_chat_templates/*.jinja",
+    f"{TEMPLATES}/*.jinja",
     "hf_quant_config.json",
 )
 

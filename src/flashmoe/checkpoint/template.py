@@ -22,6 +22,9 @@ Message = Mapping[str, Any]
 """A turn: `role`, `content`, and what the template knows besides (`tool_calls`, …)."""
 
 
+TEMPLATES = "additional_chat_templates"
+"""A folder of templates that are named by their files."""
+
 _LARGEST = 4 << 20  # bytes of a chat_template.jinja
 _MEDIA = frozenset(
     f"{prefix}{kind}{suffix}"
@@ -95,7 +98,7 @@ class ChatTemplate:
                 tokens[name] = value
         paths = [directory / "chat_template.jinja"]
         if tools:
-            paths.insert(0, directory / "additional_chat_templates" / "tool_use.jinja")
+            paths.insert(0, directory / TEMPLATES / "tool_use.jinja")
         for path in paths:
             if is_there(path):
                 try:

@@ -23,6 +23,7 @@ from flashmoe.checkpoint.index import INDEX
 from flashmoe.checkpoint.json import read_json
 from flashmoe.checkpoint.open import JOB, Checkpoint
 from flashmoe.checkpoint.table import StoredMatrix
+from flashmoe.checkpoint.template import TEMPLATES
 from flashmoe.errors import (
     ArgumentError,
     CheckpointError,
@@ -32,7 +33,15 @@ from flashmoe.errors import (
     WriteError,
 )
 from flashmoe.machine import probe
-from flashmoe.machine.files import PART, is_there, read_file, replacing, to_path, write_at
+from flashmoe.machine.files import (
+    PART,
+    is_there,
+    names_in,
+    read_file,
+    replacing,
+    to_path,
+    write_at,
+)
 from flashmoe.pack.convert import convert_rows, convert_vector, rows_in_use
 from flashmoe.pack.layout import Plan, PlannedFile, RowBlock, VectorCopy, make_plan
 
@@ -53,7 +62,7 @@ _COMPANIONS = (
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
-    "additional_chat_templates/*.jinja",
+    f"{TEMPLATES}/*.jinja",
     "generation_config.json",
     "LICENSE*",
 )
@@ -206,17 +215,19 @@ class _Source:
         """
         directory = self.checkpoint.directory
         found = []
-        for pattern in _COMPANIONS:
-            for path in sorted(directory.glob(pattern)):
-                if path.is_dir():
-                    continue
-                if not _belongs(path, directory):
-                    raise CheckpointError(
-                        f"{path}: is a link to {path.resolve()}, outside of the checkpoint; if it"
-                        " is meant to be packed, put the file itself there"
-                    )
-                name = str(path.relative_to(directory))
-                found.append((name, read_file(path, _LARGEST_COMPANION)))
+        names = names_in(directory)
+        if (directory / TEMPLATES).is_dir():
+            names += [f"{TEMPLATES}/{name}" for name in names_in(directory / TEMPLATES)]
+        for name in names:
+            path = directory / name
+            if path.is_dir() or not any(fnmatch(name, pattern) for pattern in _COMPANIONS):
+                continue
+            if not _belongs(path, directory):
+                raise CheckpointError(
+                    f"{path}: is a link to {path.resolve()}, outside of the checkpoint; if it is"
+                    " meant to be packed, put the file itself there"
+                )
+            found.append((name, read_file(path, _LARGEST_COMPANION)))
         return found
 
 
@@ -253,7 +264,7 @@ def _begin(directory: Path, source: _Source, bits: int, group_size: int) -> None
                 f" {', '.join(changed)}); name a new directory, or remove this one"
             )
         return
-    present = sorted(e.name for e in directory.iterdir() if not fnmatch(e.name, PART))
+    present = [name for name in names_in(directory) if not fnmatch(name, PART)]
     if present:
         raise ArgumentError(
             f"{directory}: holds something else ({', '.join(present[:5])}); name a new directory"
@@ -274,8 +285,9 @@ class _Job:
 
     def run(self, progress: Callable[[int, int], None]) -> None:
         """Raises WriteError before anything is written where the disk is too small."""
-        for leftover in self.directory.glob(PART):
-            leftover.unlink()
+        for name in names_in(self.directory):
+            if fnmatch(name, PART):
+                (self.directory / name).unlink()
         todo = [file for file in self.plan.files if not self._is_complete(file)]
         if not todo and is_there(self.directory / "config.json"):
             progress(self.plan.nbytes, self.plan.nbytes)

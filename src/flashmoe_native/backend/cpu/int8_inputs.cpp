@@ -79,8 +79,8 @@ int64_t Int8Inputs::bytes() const {
 void Int8Inputs::need(std::span<const int32_t> tokens) {
   for (const int32_t token : tokens) {
     if (is_needed_[static_cast<size_t>(token)]) continue;
+    needed_.push_back(token);  // may throw, and what is only marked would never be unmarked
     is_needed_[static_cast<size_t>(token)] = true;
-    needed_.push_back(token);
   }
 }
 
