@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+REVISIONS = ("main", "v1.0", COMMIT)
 
 
 class Hub(ThreadingHTTPServer):
@@ -20,6 +21,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.directory = directory
         self.served: list[str] = []
+        self.asked: list[str] = []  # revisions
         self.cut_once: str | None = None
 
 
@@ -37,9 +39,14 @@ class Handler(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         if path.startswith("/api/models/tests/gated"):
             self.refuse(403, "GatedRepo", "Access to model tests/gated is restricted")
-        elif match := re.fullmatch(r"/api/models/tests/model/(revision|tree)/\w+", path):
-            self.list_files(match.group(1))
+        elif match := re.fullmatch(r"/api/models/tests/model/(revision|tree)/([\w.]+)", path):
+            self.server.asked.append(match.group(2))
+            if match.group(2) in REVISIONS:
+                self.list_files(match.group(1))
+            else:
+                self.refuse(404, "RevisionNotFound", "Invalid rev id")
         elif path.startswith("/tests/model/resolve/"):
+            self.server.asked.append(path.split("/")[4])
             self.send_file(self.server.directory / path.split("/")[-1])
         else:
             self.refuse(404, "RepoNotFound", "Repository not found")

@@ -55,10 +55,12 @@ def of_bytes(dtype: str, data: bytes | bytearray) -> Tensor:
 
 
 def load(file: Path) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file."""
+    """Every tensor of a safetensors file, by name: the library's own order is another each time."""
     return {
         name: of_bytes(view["dtype"], view["data"]).map(lambda a, to=view["shape"]: a.reshape(to))
-        for name, view in safetensors.deserialize(file.read_bytes())
+        for name, view in sorted(
+            safetensors.deserialize(file.read_bytes()), key=lambda item: item[0]
+        )
     }
 
 

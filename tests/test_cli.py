@@ -259,7 +259,7 @@ def test_a_pack_runs_and_a_wrong_option_is_refused(checkpoint, tmp_path) -> None
 def test_version_and_help_need_no_heavy_imports() -> None:
     code = (
         "import sys; sys.argv = ['flashmoe', '--help']\n"
-        "from flashmoe.cli.main import main\n"
+        "from flashmoe.__main__ import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
         "heavy = {'numpy', 'rich.console', 'tokenizers', 'jinja2', 'huggingface_hub'}\n"

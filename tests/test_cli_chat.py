@@ -177,7 +177,7 @@ class Terminal:
 
     def __init__(self, *, toolkit: bool) -> None:
         hide = "" if toolkit else "sys.modules['prompt_toolkit'] = None; "
-        code = f"import sys; {hide}from flashmoe.cli.main import main; main()"
+        code = f"import sys; {hide}from flashmoe.__main__ import main; main()"
         arguments = ["chat", "demo", "--temperature", "0", "-n", "2000"]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TERM": "xterm"}
         self.process, self._master = pty.fork()

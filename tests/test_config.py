@@ -67,11 +67,35 @@ def test_qwen3_next_keeps_rope_at_top_level_and_an_interval_for_layer_types(
     assert not config.norm_topk_prob
 
 
-def test_eos_comes_from_generation_config_then_top_level_then_text(tmp_path: Path) -> None:
+def test_eos_is_what_any_of_the_configs_says(tmp_path: Path) -> None:
     assert load(tmp_path, QWEN35_397B).eos_token_ids == (248044,)
-    assert load(tmp_path, {**QWEN35_397B, "eos_token_id": [5, 6]}).eos_token_ids == (5, 6)
     assert load(tmp_path, QWEN35_397B, {"temperature": 1}).eos_token_ids == (248044,)
-    assert load(tmp_path, QWEN35_397B, {"eos_token_id": 7}).eos_token_ids == (7,)
+    assert load(tmp_path, QWEN35_397B, {"eos_token_id": 7}).eos_token_ids == (7, 248044)
+    both = load(tmp_path, {**QWEN35_397B, "eos_token_id": [5, 248044]}, {"eos_token_id": [6]})
+    assert both.eos_token_ids == (6, 5, 248044)
+
+
+def test_rope_of_every_spelling_is_read_and_of_no_spelling_ignored(tmp_path: Path) -> None:
+    old = {"rope_parameters": DELETE, "rope_theta": 3e6, "partial_rotary_factor": 0.5}
+    for changes in (
+        {"rope_parameters": {"rope_theta": 3e6, "type": "mrope", "partial_rotary_factor": 0.5}},
+        old,
+        old | {"rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": [8]}},
+        old | {"rope_parameters": {"rope_theta": None}},
+    ):
+        config = load(tmp_path, with_changes(TEXT, changes))
+        assert (config.rope_theta, config.rotary_dim) == (3e6, 128)
+    above = {**QWEN35_397B, "text_config": with_changes(TEXT, {"rope_parameters": DELETE})}
+    assert load(tmp_path, above | {"rope_theta": 3e6}).rope_theta == 3e6
+    for key, value in (
+        ("rope_parameters", {"theta": 1e7}),
+        ("rope_parameters", {"full_attention": {"rope_theta": 1e7}}),
+        ("rope_scaling", {"rope_type": "default", "factor": 4.0}),
+        ("rotary_emb_base", 1e7),
+        ("rope_base", 1e7),
+    ):
+        with pytest.raises(CheckpointError, match="expected no such key: flashmoe knows rope_"):
+            load(tmp_path, with_changes(TEXT, {key: value}))
 
 
 def test_quantization_has_a_default_and_exceptions(tmp_path: Path) -> None:
@@ -82,12 +106,16 @@ def test_quantization_has_a_default_and_exceptions(tmp_path: Path) -> None:
         "language_model.model.layers.0.mlp.gate": {"group_size": 32, "bits": 8},
         "language_model.lm_head": False,
         "language_model.model.embed_tokens": True,
+        "vision_tower.blocks.0.attn.qkv": {"group_size": 64, "bits": 6},
+        "language_model.mtp.layers.0.mlp.gate": {"group_size": 32, "bits": 8, "mode": "mxfp8"},
+        "quant_method": "mlx",
     }
     # mlx-lm writes the same object under both names.
     both = {"quantization": quantization, "quantization_config": quantization}
     found = load(tmp_path, {**QWEN35_397B, **both}).quantization
     assert found is not None
     assert (found.bits, found.group) == (4, 64)
+    assert load(tmp_path, {**QWEN35_397B, "quantization": {"bits": 4}}).quantization.group is None
     assert found.exceptions == {
         "language_model.model.layers.0.mlp.gate": (8, 32),
         "language_model.lm_head": None,
@@ -155,7 +183,6 @@ def test_absurd_and_unsupported_values_are_refused_by_name(
         ("quantization", {"bits": 3, "group_size": 64}, "3 bits are not supported"),
         ("quantization", {"bits": 6, "group_size": 64}, "6 bits are not supported"),
         ("quantization", {"bits": 4, "group_size": 48}, "one of 32, 64, 128"),
-        ("quantization", {"bits": 4}, "group_size is missing"),
         ("quantization", {"bits": 4, "group_size": 32, "mode": "mxfp4"}, "mxfp4.*affine"),
         (
             "quantization",
@@ -164,6 +191,11 @@ def test_absurd_and_unsupported_values_are_refused_by_name(
         ),
         ("quantization_config", {"quant_method": "fp8"}, "fp8.*bf16 or MLX 4-bit edition"),
         ("quantization_config", {"quant_method": "gptq", "bits": 4}, "gptq"),
+        (
+            "quantization_config",
+            {"quant_algo": "NVFP4", "producer": {"name": "modelopt"}},
+            "quant_algo is 'NVFP4'.*bf16 or MLX 4-bit edition",
+        ),
     ],
 )
 def test_other_models_and_other_quantizations_are_refused_by_name(

@@ -369,41 +369,35 @@ def two_models_in_one_file(directory: Path) -> None:
 # Quantization.
 
 
-@damage("mlx-4", WEIGHTS, f"{MLX}embed_tokens.weight", "expected [320, 32] for 8 bits")
-def bits_that_are_not_those_of_the_weights(directory: Path) -> None:
-    edit_json(directory / CONFIG, lambda config: config["quantization"].update(bits=8))
+@damage("mlx-4", WEIGHTS, f"{MLX}embed_tokens.weight", "[320, 24] is 6 bits", "expected 2, 4, 8")
+def words_of_6_bits(directory: Path) -> None:
+    words = Tensor("U32", np.zeros((320, 24), np.uint32))
+    edit_tensor(directory, f"{MLX}embed_tokens.weight", lambda _: words)
 
 
-@damage("mlx-4", WEIGHTS, f"{MLX}embed_tokens.scales", "expected [320, 4]", "groups of 32")
-def a_group_that_is_not_that_of_the_weights(directory: Path) -> None:
-    edit_json(directory / CONFIG, lambda config: config["quantization"].update(group_size=32))
+@damage("mlx-4", WEIGHTS, f"{MLX}embed_tokens.scales", "is 16 columns a group", "32, 64, 128")
+def scales_of_groups_of_16(directory: Path) -> None:
+    name = f"{MLX}embed_tokens.scales"
+    edit_tensor(directory, name, lambda tensor: tensor.map(lambda a: np.repeat(a, 4, axis=1)))
 
 
-@damage("mlx-4", WEIGHTS, f"{MLX}layers.0.mlp.gate.weight", "for 4 bits")
-def an_exception_that_is_missing(directory: Path) -> None:
-    name = f"{MLX}layers.0.mlp.gate"
-    edit_json(directory / CONFIG, lambda config: config["quantization"].pop(name))
+@damage("mlx-4", WEIGHTS, f"{MLX}embed_tokens.scales", "dtype U8", "none of mxfp4, mxfp8 and nvfp4")
+def scales_that_are_exponents(directory: Path) -> None:
+    scales = Tensor("U8", np.zeros((320, 4), np.uint8))
+    edit_tensor(directory, f"{MLX}embed_tokens.scales", lambda _: scales)
 
 
-@damage("mlx-4", WEIGHTS, f"{MLX}layers.0.mlp.gate.weight", "does not say with how many bits")
-def an_exception_that_says_not_quantized(directory: Path) -> None:
-    name = f"{MLX}layers.0.mlp.gate"
-    edit_json(directory / CONFIG, lambda config: config["quantization"].update({name: False}))
+@damage("base", WEIGHTS, GATE, "dtype U8", "MLX 4-bit edition")
+def weights_of_8_bits(directory: Path) -> None:
+    edit_tensor(directory, GATE, lambda tensor: Tensor("U8", np.zeros((8, 128), np.uint8)))
 
 
-@damage("mlx-4", WEIGHTS, "embed_tokens.weight", "does not say with how many bits")
-def a_config_without_quantization(directory: Path) -> None:
-    def change(config: Json) -> None:
-        del config["quantization"], config["quantization_config"]
-
-    edit_json(directory / CONFIG, change)
-
-
-@damage("mlx-4-group-32", WEIGHTS, "switch_mlp.down_proj.weight", "96 columns", "groups of 64")
-def a_group_that_does_not_divide_the_columns(directory: Path) -> None:
-    name = f"{MLX}layers.0.mlp.switch_mlp.down_proj"
-    exception = {"bits": 4, "group_size": 64}
-    edit_json(directory / CONFIG, lambda config: config["quantization"].update({name: exception}))
+@damage("base", WEIGHTS, "mlp.gate.qweight is GPTQ or AWQ's", "MLX 4-bit edition")
+def weights_that_gptq_packed(directory: Path) -> None:
+    edit_tensors(
+        directory,
+        lambda tensors: tensors.update({GATE.replace(".weight", ".qweight"): tensors.pop(GATE)}),
+    )
 
 
 @damage("mlx-4", INDEX, f"{MLX}layers.1.mlp.switch_mlp.up_proj.scales", "no tensor")
@@ -464,18 +458,17 @@ def an_index_that_names_no_file(directory: Path) -> None:
     edit_index(directory, lambda names: names.update({EMBEDDING: None}))
 
 
-@damage("sharded", ".safetensors", EMBEDDING, "it does not")
-def a_tensor_that_its_shard_lacks(directory: Path) -> None:
-    def change(names: dict[str, str]) -> None:
-        files = sorted(set(names.values()))
-        names[EMBEDDING] = next(file for file in files if file != names[EMBEDDING])
-
-    edit_index(directory, change)
+@damage("sharded", "no such file", "of-", "is here")
+def a_missing_shard_without_an_index(directory: Path) -> None:
+    next(directory.glob("model-00002-of-*")).unlink()
+    (directory / INDEX).unlink()
 
 
-@damage("sharded", ".safetensors", EMBEDDING, "does not place in it")
-def a_tensor_that_the_index_lacks(directory: Path) -> None:
-    edit_index(directory, lambda names: names.pop(EMBEDDING))
+@damage("sharded", "model-more.safetensors: holds", "and so does model-0000", "of another model")
+def files_of_two_editions_without_an_index(directory: Path) -> None:
+    (directory / INDEX).unlink()
+    file = sorted(directory.glob("model-*"))[1]
+    file.with_name("model-more.safetensors").write_bytes(file.read_bytes())
 
 
 @damage("sharded", INDEX, "not valid JSON")

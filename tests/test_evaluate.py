@@ -88,7 +88,10 @@ def test_intervals_are_those_of_the_books() -> None:
         ('{"name": "Ada", "more": 1}', (True, False, False)),
         ("{}", (True, False, False)),
         ('{"name": "Ada"', (False, False, False)),
+        ("[" * 100_000, (False, False, False)),
+        ('{"name": ' + "[" * 50_000 + "]" * 50_000 + "}", (False, False, False)),
     ],
+    ids=lambda value: str(value)[:20],
 )
 def test_json_is_judged_by_its_schema(answer: str, rights: tuple[bool, ...]) -> None:
     prompt = Prompt([], None, SCHEMA, {"name": "Ada"}, None)
@@ -117,7 +120,14 @@ FIVE = "<parameter=minutes>\n5\n</parameter>\n<parameter=label>\ntea\n</paramete
             (False, False, False),
         ),
         ("The timer is set.", (False, False, False)),
+        (f"<tool_call>{'[' * 100_000}</tool_call>", (False, False, False)),
+        (
+            "<tool_call>\n<function=set_timer>\n"
+            f"{FIVE.replace('5', '[' * 100_000)}</function>\n</tool_call>",
+            (True, True, False),
+        ),
     ],
+    ids=lambda value: str(value)[:20],
 )
 def test_calls_are_judged_in_both_forms(answer: str, rights: tuple[bool, ...]) -> None:
     prompt = Prompt([], [{}], None, None, CALL)
@@ -143,6 +153,15 @@ def test_numbers_are_no_booleans() -> None:
         ('{"messages": [], "schema": {"type": "string", "pattern": "a"}}', "pattern"),
         ('{"messages": [], "schema": {"type": "dragon"}}', "dragon"),
         ('{"messages": [], "call": {"name": "f"}}', "arguments"),
+        ('{"messages": [], "call": ["name", "arguments"]}', "arguments"),
+        ('{"messages": [], "call": {"name": "f", "arguments": 1}}', "arguments"),
+        ('{"messages": [], "schema": {"type": ["string"]}}', "not known"),
+        ('{"messages": [], "schema": {"type": "object", "required": 5}}', "a list of names"),
+        ('{"messages": [], "schema": {"type": "object", "required": [[]]}}', "a list of names"),
+        ('{"messages": [], "schema": {"type": "string", "enum": 5}}', "enum .* not a list"),
+        ('{"messages": [], "schema": {"type": "object", "properties": {"a": 1}}}', "line 2"),
+        ('{"messages": [], "schema": ' + '{"type": "array", "items": ' * 400 + "1", "line 2"),
+        ("[" * 100_000, "nested too deeply"),
     ],
 )
 def test_a_bad_prompt_is_named_before_a_model_is_opened(tmp_path, line: str, what: str) -> None:
@@ -150,6 +169,24 @@ def test_a_bad_prompt_is_named_before_a_model_is_opened(tmp_path, line: str, wha
     path.write_text('{"messages": [], "schema": {"type": "string"}}\n' + line + "\n")
     with pytest.raises(flashmoe.ArgumentError, match=what):
         evaluate.read_prompts(path)
+
+
+def test_a_bad_conversation_is_named_before_the_first_is_answered(model: Path, tmp_path) -> None:
+    good = {"messages": [{"role": "user", "content": "Hi"}], "schema": {"type": "string"}}
+    for messages, what in (
+        ("Hi", "prompt 2: messages must be"),
+        ([{"role": "user", "content": "a " * 5000}], "prompt 2: has"),
+    ):
+        asked = [
+            Prompt(**(good | {"messages": m}), tools=None, value=None, call=None)
+            for m in (good["messages"], messages)
+        ]
+        done: list[int] = []
+        with flashmoe.Model(model) as opened, pytest.raises(flashmoe.ArgumentError, match=what):
+            evaluate.answer_prompts(
+                opened, asked, max_tokens=2, progress=lambda n, _, done=done: done.append(n)
+            )
+        assert not done
 
 
 def test_a_line_of_a_prompts_file_ends_where_json_says(tmp_path) -> None:

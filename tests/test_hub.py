@@ -1,24 +1,28 @@
 """Hub ids become directories, against a hub on this machine; every failure says what to do."""
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from hub_server import Hub
+from hub_server import COMMIT, Hub
 from programs import environment
 
 from flashmoe.checkpoint.open import Checkpoint
 
 
-def run_download(hub: Hub, source: str, **more: str) -> tuple[str, str]:
+def run_download(
+    hub: Hub, source: str, *, look: str = "open", before: str = "", **more: str
+) -> tuple[str, str]:
     """(path or error message, what was shown meanwhile), in a process of its own, since
     huggingface_hub reads its environment once."""
     script = (
-        "import sys\n"
+        f"{before}\nimport sys\n"
         "from flashmoe.errors import CheckpointError\n"
         "from flashmoe.checkpoint.open import Checkpoint\n"
-        "try: print(Checkpoint.open(sys.argv[1]).directory)\n"
+        f"try: print(Checkpoint.{look}(sys.argv[1]).directory)\n"
         "except CheckpointError as error: print(error)"
     )
     home = hub.directory.with_name("home")
@@ -91,6 +95,7 @@ def test_what_was_downloaded_opens_offline(hub: Hub) -> None:
         ("tests/nothing", {}, ["nor a model on the Hugging Face hub", "hf auth login"]),
         ("tests/a/b", {}, ["no such directory", "a hub id such as"]),
         ("tests/gated", {}, ["asks for an agreement", "hf auth login"]),
+        ("tests/model@v3", {}, ["has no such revision", "a branch, a tag or a whole commit"]),
     ],
 )
 def test_a_download_that_cannot_be_says_what_to_do(
@@ -100,3 +105,52 @@ def test_a_download_that_cannot_be_says_what_to_do(
     assert message.startswith(source)
     for word in words:
         assert word in message
+
+
+def test_a_revision_stands_behind_an_at(hub: Hub) -> None:
+    path, _ = run_download(hub, "tests/model@v1.0")
+    assert Path(path).name == COMMIT
+    assert set(hub.asked) == {"v1.0", COMMIT}
+
+
+@pytest.mark.parametrize("look", ["open", "look"])
+def test_a_stale_index_or_none_on_the_hub_is_no_obstacle(hub: Hub, look: str) -> None:
+    index = hub.directory / "model.safetensors.index.json"
+    whole = json.loads(index.read_text())
+    index.write_text(json.dumps({"weight_map": {"x": "model-00001-of-00001.safetensors"}}))
+    assert "left aside" in run_download(hub, "tests/model")[1]
+    shutil.rmtree(hub.directory.with_name("home"))
+    index.unlink()
+    assert Path(run_download(hub, "tests/model", look=look)[0]).name == COMMIT
+    assert len(whole["weight_map"]) > 10
+
+
+def test_what_holds_no_checkpoint_says_what_to_take(hub: Hub) -> None:
+    for file in hub.directory.iterdir():
+        file.unlink()
+    (hub.directory / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
+    for look in ("open", "look"):
+        message, _ = run_download(hub, "tests/model", look=look)
+        assert "GGUF" in message and "safetensors edition" in message
+
+
+NO_SOCKETS = """
+import socket
+def refuse(*_, **__):
+    raise AssertionError("a socket")
+socket.socket.connect = socket.getaddrinfo = socket.create_connection = refuse
+"""
+
+
+def test_offline_no_socket_is_opened(hub: Hub) -> None:
+    path, _ = run_download(hub, "tests/model")
+    asked = len(hub.asked)
+    for look in ("open", "look"):
+        for source in ("tests/model", "tests/model@main", f"tests/model@{COMMIT}"):
+            found, _ = run_download(hub, source, look=look, before=NO_SOCKETS, HF_HUB_OFFLINE="1")
+            assert found == path, source
+        message, _ = run_download(
+            hub, "tests/other", look=look, before=NO_SOCKETS, HF_HUB_OFFLINE="1"
+        )
+        assert "HF_HUB_OFFLINE" in message and "a socket" not in message
+    assert len(hub.asked) == asked

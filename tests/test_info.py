@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import pytest
 from checkpoints import weights
 from hub_server import Hub
 from programs import environment
-from published import QWEN35_397B
+from published import QWEN35_397B, mlx_tensors
 from tensors import load
 
 from flashmoe import ArgumentError, Model
@@ -30,57 +30,6 @@ from flashmoe.machine import probe
 from flashmoe.machine.budget import check_room, default_cache
 from flashmoe.measure.fit import Target
 from flashmoe.measure.info import describe, summarise
-
-
-def _mlx_tensors(c: ModelConfig) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """Name, dtype and shape of what mlx-lm's 4-bit conversion of such a model holds."""
-
-    def quantized(
-        name: str, *shape: int, bits: int = 4
-    ) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-        *rows, cols = shape
-        yield f"{name}.weight", "U32", (*rows, cols * bits // 32)
-        yield f"{name}.scales", "BF16", (*rows, cols // 64)
-        yield f"{name}.biases", "BF16", (*rows, cols // 64)
-
-    h, e = c.hidden_size, c.num_experts
-    yield from quantized("language_model.model.embed_tokens", c.vocab_size, h)
-    yield from quantized("language_model.lm_head", c.vocab_size, h)
-    yield "language_model.model.norm.weight", "BF16", (h,)
-    for i, kind in enumerate(c.layer_types):
-        layer = f"language_model.model.layers.{i}"
-        yield f"{layer}.input_layernorm.weight", "BF16", (h,)
-        yield f"{layer}.post_attention_layernorm.weight", "BF16", (h,)
-        if kind == "full_attention":
-            heads, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-            yield from quantized(f"{layer}.self_attn.q_proj", 2 * heads, h)
-            yield from quantized(f"{layer}.self_attn.k_proj", kv, h)
-            yield from quantized(f"{layer}.self_attn.v_proj", kv, h)
-            yield from quantized(f"{layer}.self_attn.o_proj", h, heads)
-            yield f"{layer}.self_attn.q_norm.weight", "BF16", (c.head_dim,)
-            yield f"{layer}.self_attn.k_norm.weight", "BF16", (c.head_dim,)
-        else:
-            mixer, heads = f"{layer}.linear_attn", c.linear_num_value_heads
-            values = heads * c.linear_value_head_dim
-            channels = values + 2 * c.linear_num_key_heads * c.linear_key_head_dim
-            yield from quantized(f"{mixer}.in_proj_qkv", channels, h)
-            yield from quantized(f"{mixer}.in_proj_z", values, h)
-            yield from quantized(f"{mixer}.in_proj_b", heads, h)
-            yield from quantized(f"{mixer}.in_proj_a", heads, h)
-            yield from quantized(f"{mixer}.out_proj", h, values)
-            yield f"{mixer}.conv1d.weight", "BF16", (channels, c.linear_conv_kernel_dim, 1)
-            yield f"{mixer}.A_log", "F32", (heads,)
-            yield f"{mixer}.dt_bias", "BF16", (heads,)
-            yield f"{mixer}.norm.weight", "F32", (c.linear_value_head_dim,)
-        yield from quantized(f"{layer}.mlp.gate", e, h, bits=8)
-        yield from quantized(f"{layer}.mlp.shared_expert_gate", 1, h, bits=8)
-        for name, width, experts in (
-            ("shared_expert", c.shared_expert_intermediate_size, ()),
-            ("switch_mlp", c.moe_intermediate_size, (e,)),
-        ):
-            yield from quantized(f"{layer}.mlp.{name}.gate_proj", *experts, width, h)
-            yield from quantized(f"{layer}.mlp.{name}.up_proj", *experts, width, h)
-            yield from quantized(f"{layer}.mlp.{name}.down_proj", *experts, h, width)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +46,7 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     metadata = Metadata(directory)
     config = ModelConfig.of(metadata)
     tensors, offset, item = {}, 0, {"U32": 4, "BF16": 2, "F32": 4}
-    for name, dtype, shape in _mlx_tensors(config):
+    for name, dtype, shape in mlx_tensors(config):
         nbytes = math.prod(shape) * item[dtype]
         tensors[name] = Tensor(name, Path("model.safetensors"), offset, nbytes, dtype, shape)
         offset += nbytes

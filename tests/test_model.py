@@ -85,7 +85,8 @@ def test_generation_defaults_of_the_checkpoint_are_used(engine, directory) -> No
     )
     model = flashmoe.Model(directory)
     assert (model.sampling.temperature, model.sampling.top_k) == (0.5, 3)
-    assert model.config.eos_token_ids == (0,)
+    own = json.loads((directory / "config.json").read_text())["eos_token_id"]
+    assert model.config.eos_token_ids == (0, own)
 
 
 def test_a_damaged_generation_config_is_named(engine, directory) -> None:

@@ -158,7 +158,7 @@ def test_logits_that_are_not_finite_are_an_error(bad: float) -> None:
         {"temperature": 10**400},
         {"temperature": "hot"},
         {"temperature": True},
-        {"top_k": -1},
+        {"top_k": -2},
         {"top_k": 1.5},
         {"top_k": float("inf")},
         {"top_p": 0},

@@ -51,7 +51,10 @@ FAULTS = (
         P + "checkpoint/index.py",
         "if unnamed := found.keys() - names:",
         "if unnamed := names - found.keys():",
-        "damage",
+        "wild",
+    ),
+    Fault(
+        P + "checkpoint/zeros.py", "if end - begin >= LEAST:", "if end - begin > 4096:", "verify"
     ),
     Fault(P + "checkpoint/json.py", "if len(result) != len(pairs):", "if not pairs:", "damage"),
     Fault(
@@ -135,8 +138,8 @@ FAULTS = (
     ),
     Fault(
         N + "core/file.cpp",
-        "if (done < length && done % kDirectUnit != 0) fail_short",
-        "if (done < 0) fail_short",
+        "if (fd == direct_ && done < length && done % kDirectUnit != 0) {",
+        "if (done < 0) {",
         "read_errors",
     ),
     Fault(

@@ -7,21 +7,23 @@ for token in model.generate("Once upon a time", max_tokens=100):
     print(token.text, end="", flush=True)
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from __future__ import annotations
 
-from flashmoe.errors import (
-    ArgumentError,
-    CheckpointError,
-    DeviceError,
-    FlashMoeError,
-    OutOfMemoryError,
-    ReadError,
-    StateError,
-    WriteError,
-)
-
+# Nothing is imported here: until the program runs, Ctrl-C would end in a traceback.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
+    from flashmoe.errors import (
+        ArgumentError,
+        CheckpointError,
+        DeviceError,
+        FlashMoeError,
+        OutOfMemoryError,
+        ReadError,
+        StateError,
+        WriteError,
+    )
     from flashmoe.generate.answer import Token
     from flashmoe.generate.model import Model
     from flashmoe.generate.sampling import Sampling
@@ -54,7 +56,19 @@ _MODULES = {
     "State": "flashmoe.generate.state",
     "Stats": "flashmoe.generate.stats",
     "Token": "flashmoe.generate.answer",
-}
+} | dict.fromkeys(
+    (
+        "ArgumentError",
+        "CheckpointError",
+        "DeviceError",
+        "FlashMoeError",
+        "OutOfMemoryError",
+        "ReadError",
+        "StateError",
+        "WriteError",
+    ),
+    "flashmoe.errors",
+)
 
 
 def __getattr__(name: str) -> Any:
@@ -66,6 +80,8 @@ def __getattr__(name: str) -> Any:
         except PackageNotFoundError:
             return "0+uninstalled"  # run from a source tree
     if name in _MODULES:
+        from importlib import import_module  # noqa: PLC0415
+
         return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'flashmoe' has no attribute {name!r}")
 

@@ -1,5 +1,6 @@
 """The architecture of a checkpoint, as config.json and generation_config.json give it."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,19 +17,38 @@ LAYER_TYPES = ("linear_attention", "full_attention")
 BITS = (2, 4, 8)
 GROUPS = (32, 64, 128)
 
+_ROPE_TYPES = ("default", "mrope")  # of text mRoPE is plain RoPE
+_ROPE_KEYS = (
+    "rope_theta",
+    "partial_rotary_factor",
+    "rope_type",
+    "type",
+    "mrope_section",
+    "mrope_interleaved",
+    "rope_parameters",
+    "rope_scaling",
+)
+_ROPE_KEY = re.compile("m?rope|rotary")
+
+# The modules of the text model under every prefix, of which alone the quantization matters.
+_OF_TEXT = re.compile(
+    r"((model\.)?language_model\.)?(model\.)?"
+    r"(lm_head|embed_tokens|layers\.\d+\.(self_attn|linear_attn|mlp)\..+)"
+)
+
 
 @dataclass(frozen=True)
 class Quantization:
-    """MLX's affine format: the default (bits, group), and what departs from it.
+    """What config.json says of MLX's affine format; shapes decide, since it is wrong at times.
 
-    `exceptions` maps the path of a module as the checkpoint spells it (its tensors' names less
-    `.weight`, `.scales` or `.biases`) to (bits, group), or to None where it is not quantized.
-    One expert's `...mlp.experts.E.gate_proj` is covered by `...mlp.switch_mlp.gate_proj`.
+    `bits` and `group` are None where it does not say. `exceptions` maps the path of a module as the
+    config spells it (its tensors' names less `.weight`, `.scales` or `.biases`) to (bits, group),
+    or to None where it is not quantized.
     """
 
-    bits: int
-    group: int
-    exceptions: Mapping[str, tuple[int, int] | None]
+    bits: int | None
+    group: int | None
+    exceptions: Mapping[str, tuple[int | None, int | None] | None]
 
 
 @dataclass(frozen=True)
@@ -117,6 +137,7 @@ class ModelConfig:
         top = _Section(metadata.directory / "config.json", "", metadata.config)
         text = top.section("text_config") or top
         _refuse_unsupported(top, text)
+        _refuse_modelopt(metadata)
 
         layers = text.integer("num_hidden_layers", 1, 1000)
         heads = text.integer("num_attention_heads", 1, 4096)
@@ -136,7 +157,7 @@ class ModelConfig:
                 value_heads,
                 f"a multiple of linear_num_key_heads, {key_heads}",
             )
-        rope_theta, rotary_factor = _rope(text)
+        rope_theta, rotary_factor = _rope(top, text)
         rotary_dim = int(head_dim * rotary_factor)
         if rotary_dim < 2 or rotary_dim % 2:
             raise text.error(
@@ -265,18 +286,33 @@ def _layer_types(text: _Section, layers: int) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _rope(text: _Section) -> tuple[float, float]:
-    """(theta, partial_rotary_factor), from rope_parameters or from the keys it replaced."""
-    sections = [text]
-    for key in ("rope_scaling", "rope_parameters"):
-        if section := text.section(key):
-            name = "rope_type" if "rope_type" in section.values else "type"
-            if (kind := section.values.get(name, "default")) != "default":
-                raise section.error(name, kind, "default: RoPE scaling is not supported")
-            sections.insert(0, section)
+def _rope(top: _Section, text: _Section) -> tuple[float, float]:
+    """(theta, partial_rotary_factor), from rope_parameters or from the keys it replaced.
+
+    A key that is not known is refused: what it means would otherwise be ignored, and every position
+    but the first be wrong.
+    """
+    sections = []
+    for outer in (text, top) if top is not text else (text,):
+        found = [outer]
+        for key in ("rope_scaling", "rope_parameters"):
+            if section := outer.section(key):
+                for name in ("rope_type", "type"):
+                    kind = section.values.get(name)
+                    if kind is not None and kind not in _ROPE_TYPES:
+                        raise section.error(name, kind, "default: RoPE scaling is not supported")
+                found.insert(0, section)
+        for section in found:
+            for key, value in section.values.items():
+                known = key in _ROPE_KEYS or (section is outer and not _ROPE_KEY.match(key))
+                if not known and value is not None:
+                    raise section.error(
+                        key, value, f"no such key: flashmoe knows {_one_of(_ROPE_KEYS)}"
+                    )
+        sections += found
 
     def holder(key: str) -> _Section:
-        return next((section for section in sections if key in section.values), text)
+        return next((s for s in sections if s.values.get(key) is not None), text)
 
     return (
         holder("rope_theta").number("rope_theta", 1.0, 1e15, 10000.0),
@@ -287,16 +323,17 @@ def _rope(text: _Section) -> tuple[float, float]:
 def _eos_token_ids(
     metadata: Metadata, top: _Section, text: _Section, vocab: int
 ) -> tuple[int, ...]:
+    """Of all three: conversions keep one and lose another, and each of them ends a text."""
     path = metadata.directory / "generation_config.json"
-    sections = [_Section(path, "", metadata.generation), top, text]
-    for section in sections:
+    found: dict[int, None] = {}
+    for section in (_Section(path, "", metadata.generation), top, text):
         value = section.values.get("eos_token_id")
         if value is not None:
             ids = value if isinstance(value, list) else [value]
             if not all(type(i) is int and 0 <= i < vocab for i in ids):
                 raise section.error("eos_token_id", value, f"token ids below {vocab}")
-            return tuple(ids)
-    return ()
+            found |= dict.fromkeys(ids)
+    return tuple(found)
 
 
 def _quantization(top: _Section, text: _Section) -> Quantization | None:
@@ -305,31 +342,51 @@ def _quantization(top: _Section, text: _Section) -> Quantization | None:
         section = section or top.section(key) or text.section(key)
     if section is None:
         return None
-    if (method := section.values.get("quant_method")) is not None:
-        raise section.error(
-            "quant_method",
-            method,
-            "MLX's affine quantization: use the model's bf16 or MLX 4-bit edition"
-            " (mlx-community), or quantize the bf16 one with 'flashmoe pack'",
-        )
-    exceptions: dict[str, tuple[int, int] | None] = {}
+    _refuse_other_methods(section)
+    exceptions: dict[str, tuple[int | None, int | None] | None] = {}
     for path, value in section.values.items():
         if value is False:
             exceptions[path] = None
-        elif isinstance(value, dict):
+        elif isinstance(value, dict) and _OF_TEXT.fullmatch(path):
             exceptions[path] = _affine(_Section(section.path, f"{section.name}{path}.", value))
     bits, group = _affine(section)
     return Quantization(bits, group, exceptions)
 
 
-def _affine(section: _Section) -> tuple[int, int]:
-    mode = section.values.get("mode", "affine")
-    if mode != "affine":
+def _refuse_other_methods(section: _Section) -> None:
+    for key in ("quant_method", "quant_algo", "quant_type"):
+        method = section.values.get(key)
+        if method is not None and method not in ("mlx", "affine"):
+            raise section.error(
+                key,
+                method,
+                "MLX's affine quantization: use the model's bf16 or MLX 4-bit edition"
+                " (mlx-community), or quantize the bf16 one with 'flashmoe pack'",
+            )
+
+
+def _refuse_modelopt(metadata: Metadata) -> None:
+    """NVIDIA's ModelOpt says in a file of its own how it quantized."""
+    path = metadata.directory / "hf_quant_config.json"
+    if metadata.modelopt:
+        section = _Section(path, "", metadata.modelopt).section("quantization")
+        if section is not None:
+            _refuse_other_methods(section)
+
+
+def _affine(section: _Section) -> tuple[int | None, int | None]:
+    """Bits and group; None for what the config does not say."""
+    mode = section.values.get("mode")
+    if mode not in (None, "affine"):
         raise section.error("mode", mode, "affine: no other quantization is supported")
-    bits = section.integer("bits", 1, 32)
-    if bits not in BITS:
-        raise section.error("bits", bits, f"one of {_one_of(BITS)}: {bits} bits are not supported")
-    group = section.integer("group_size", 1, 1 << 20)
-    if group not in GROUPS:
-        raise section.error("group_size", group, f"one of {_one_of(GROUPS)}")
+    bits = group = None
+    if section.values.get("bits") is not None:
+        bits = section.integer("bits", 1, 32)
+        if bits not in BITS:
+            expected = f"one of {_one_of(BITS)}: {bits} bits are not supported"
+            raise section.error("bits", bits, expected)
+    if section.values.get("group_size") is not None:
+        group = section.integer("group_size", 1, 1 << 20)
+        if group not in GROUPS:
+            raise section.error("group_size", group, f"one of {_one_of(GROUPS)}")
     return bits, group

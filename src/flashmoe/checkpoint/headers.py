@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from flashmoe.checkpoint.json import parse_object
 from flashmoe.errors import CheckpointError
-from flashmoe.machine.files import regular_file_size
+from flashmoe.machine.files import regular_file_size, require_itself
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library, which refuses longer headers."""
@@ -77,7 +77,16 @@ def read_header(path: Path) -> dict[str, Tensor]:
 
 def read_open(file: BinaryIO, path: Path, size: int) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Likewise of an open file of `size` bytes; also what it says of itself, its `__metadata__`."""
-    prefix = file.read(8)
+    beginning = file.read(64)
+    require_itself(path, beginning)
+    # The length of a header ends in zeros. Servers answer in words where they have no file.
+    if len(beginning) >= 8 and beginning.isascii() and beginning[:8].decode().isprintable():
+        raise CheckpointError(
+            f"{path}: is text, and not a safetensors file: {_short(beginning.decode())}; download"
+            " it again"
+        )
+    file.seek(8)
+    prefix = beginning[:8]
     if len(prefix) < 8:
         raise CheckpointError(f"{path}: {size} bytes; a safetensors file has at least 8")
     (length,) = struct.unpack("<Q", prefix)

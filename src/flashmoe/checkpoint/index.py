@@ -1,6 +1,9 @@
 """A directory of safetensors files as one table of tensors."""
 
+import os
 import re
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from flashmoe.checkpoint.headers import Tensor, is_tensor_name, read_header
@@ -11,44 +14,67 @@ from flashmoe.machine.files import is_there, names_in
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-# Multi-token prediction and vision, which generating text does not need, and the bytes that align
-# a pack's experts.
+# Multi-token prediction and vision, which generating text does not need, under every prefix that
+# conversions give them, and the bytes that align a pack's experts.
 _SKIPPED = (
-    "mtp.",
-    "model.mtp.",
-    "language_model.mtp.",
-    "model.visual.",
-    "visual.",
-    "vision_tower.",
+    *(
+        f"{prefix}{module}."
+        for prefix in (
+            "",
+            "model.",
+            "language_model.",
+            "model.language_model.",
+            "language_model.model.",
+        )
+        for module in ("mtp", "visual", "vision_tower", "vision_model")
+    ),
     "padding.",
 )
 
 # Nothing that leaves the directory, and nothing that means more than itself to a glob.
 _FILE_NAME = re.compile(r"[\w.+@ -]{1,200}\.safetensors", re.ASCII)
+_NUMBERED = re.compile(r"(.*-)(\d{5})(-of-)(\d{5})\.safetensors", re.ASCII)
+_FOREIGN = {
+    ".gguf": "holds GGUF",
+    ".bin": "holds weights of PyTorch",
+    ".pth": "holds weights of PyTorch",
+    ".npz": "holds weights of numpy",
+}
 
 
 class Index:
     """Which safetensors files a directory has, and what each is said to hold.
 
     Attributes:
-        path: the index, or the single file of weights where there is none.
-        names: the text model's tensors by file, as the index lists them; None for a single file.
+        path: the index; without one the single file of weights, or the directory of several.
+        names: the text model's tensors by file, as the index lists them; None without one.
     """
 
     def __init__(self, directory: Path) -> None:
         """Reads the index, where there is one.
 
         Raises:
-            CheckpointError: neither an index nor a single file is there, or the index is damaged or
-                names files outside `directory`.
+            CheckpointError: no weights are there, or the index is damaged or names files outside
+                `directory`.
         """
-        self.path = _weights_file(directory)
-        self.names = _names_by_file(self.path) if self.path.name == INDEX else None
+        present = names_in(directory)
+        self._directory = directory
+        self._present = weights_among(present)
+        if INDEX in present and not _dangles(directory / INDEX):
+            self.path = directory / INDEX
+            self.names: dict[str, set[str]] | None = _names_by_file(self.path)
+            return
+        self.names = None
+        if not self._present:
+            raise CheckpointError(_what_is_there(directory, present))
+        self.path = directory / SINGLE if SINGLE in self._present else directory
 
     @property
     def files(self) -> list[str]:
         """Names of the files that hold any of the text model's tensors, sorted."""
-        return [SINGLE] if self.names is None else sorted(self.names)
+        if self.names is not None:
+            return sorted(self.names)
+        return [SINGLE] if SINGLE in self._present else self._present
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that is stored for text, by the name it is stored under.
@@ -57,7 +83,7 @@ class Index:
             CheckpointError: a file is missing or damaged, or does not hold what the index says.
         """
         if self.names is None:
-            return _wanted(read_header(self.path))
+            return self._read(self.files)
         tensors: dict[str, Tensor] = {}
         for file, names in sorted(self.names.items()):
             path = self.path.with_name(file)
@@ -78,14 +104,69 @@ class Index:
             tensors.update(found)
         return tensors
 
+    def without_index(self) -> Iterator[dict[str, Tensor]]:
+        """Likewise as the files themselves say it: what might be meant where the index is stale.
 
-def _weights_file(directory: Path) -> Path:
-    present = names_in(directory)
-    for name in (INDEX, SINGLE):
-        if name in present:
-            return directory / name
+        The single file of weights, if there is one; then all files of weights together.
+        """
+        choices = [[SINGLE], self._present] if SINGLE in self._present else [self._present]
+        for files in choices:
+            with suppress(CheckpointError):
+                yield self._read(files)
+
+    def _read(self, files: list[str]) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for file in files:
+            _require_neighbours(self._directory, file, files)
+            for name, tensor in _wanted(read_header(self._directory / file)).items():
+                if tensors.setdefault(name, tensor) is not tensor:
+                    raise CheckpointError(
+                        f"{tensor.file}: holds {name}, and so does {tensors[name].file.name}; no"
+                        f" {INDEX} says which is meant: remove the files that are of another model"
+                    )
+        return tensors
+
+
+def weights_among(names: Iterable[str]) -> list[str]:
+    """The files of weights among a directory's, where no index names them, sorted."""
+    files = sorted(name for name in names if _FILE_NAME.fullmatch(name) and name[0] != ".")
+    return [name for name in files if name.startswith("model")] or files
+
+
+def _dangles(path: Path) -> bool:
+    """Whether it is a link to what is gone."""
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        return True
+    except OSError:  # who reads it says what is wrong
+        return False
+    return False
+
+
+def _require_neighbours(directory: Path, file: str, files: list[str]) -> None:
+    """Raises CheckpointError where a file is one of N, and not all of them are there."""
+    if match := _NUMBERED.fullmatch(file):
+        before, _, of, count = match.groups()
+        for number in range(1, min(int(count), 10_000) + 1):
+            other = f"{before}{number:05d}{of}{count}.safetensors"
+            if other not in files:
+                raise CheckpointError(
+                    f"{directory / other}: no such file, but {file} is here;"
+                    " is the download complete?"
+                )
+
+
+def _what_is_there(directory: Path, present: list[str]) -> str:
+    """What to say of a directory without weights."""
+    for suffix, kind in _FOREIGN.items():
+        if found := [name for name in present if name.lower().endswith(suffix)]:
+            return (
+                f"{directory}: {kind} ({', '.join(found[:3])}), which flashmoe does not read;"
+                f" neither {SINGLE} nor {INDEX} is here: take the model's safetensors edition"
+            )
     present = [name for name in present if "." in name]
-    raise CheckpointError(
+    return (
         f"{directory}: neither {SINGLE} nor {INDEX} is here;"
         f" found {', '.join(present[:8]) or 'nothing'}. Is the download complete?"
     )

@@ -21,7 +21,9 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 from jinja2 import nodes
+from jinja2.parser import Parser
 from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
@@ -64,6 +66,9 @@ class Template:
             if len(source) > MAX_SOURCE:
                 raise LimitError(f"it is longer than {MAX_SOURCE} characters")
             self._template = _environment().from_string(source)
+            tree = _environment().parse(source)
+            self.variables = frozenset(jinja2.meta.find_undeclared_variables(tree))
+            """What it reads that is to be given to it."""
         except _NOT_OURS:
             raise
         except BaseException as error:
@@ -273,6 +278,17 @@ class _Environment(ImmutableSandboxedEnvironment):
         return "".join(kept)
 
 
+class _Generation(jinja2.ext.Extension):
+    """transformers' {% generation %}, which marks for training what an assistant says."""
+
+    tags = {"generation"}  # noqa: RUF012  (as the class that it extends has it)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
+
+
 class _Measured(NodeTransformer):
     """Has what a template builds measured, and its loops counted."""
 
@@ -374,7 +390,7 @@ def _environment() -> _Environment:
     environment = _Environment(
         trim_blocks=True,
         lstrip_blocks=True,
-        extensions=[jinja2.ext.loopcontrols],
+        extensions=[jinja2.ext.loopcontrols, _Generation],
         optimized=False,
         finalize=_emitted,
         cache_size=0,

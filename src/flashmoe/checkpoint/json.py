@@ -26,7 +26,7 @@ def parse_object(data: bytes, where: str) -> dict[str, Any]:
         CheckpointError: not UTF-8, not JSON, not an object, a key that occurs twice.
     """
     try:
-        text = data.decode("utf-8")
+        text = data.decode("utf-8-sig")  # editors of Windows begin a file with a mark
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{where}: not UTF-8: {error}") from None
     try:

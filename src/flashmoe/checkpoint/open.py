@@ -2,9 +2,10 @@
 
 import dataclasses
 import gc
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from flashmoe import hub
 from flashmoe.checkpoint.config import ModelConfig
-from flashmoe.checkpoint.find import find_local
+from flashmoe.checkpoint.find import find_local, split_revision
 from flashmoe.checkpoint.fingerprint import fingerprint
 from flashmoe.checkpoint.headers import Tensor
-from flashmoe.checkpoint.index import INDEX, SINGLE, Index, is_skipped
+from flashmoe.checkpoint.index import INDEX, SINGLE, Index, is_skipped, weights_among
 from flashmoe.checkpoint.metadata import Metadata
 from flashmoe.checkpoint.table import Format, StoredExperts, StoredMatrix, StoredVector
-from flashmoe.checkpoint.template import ChatTemplate
+from flashmoe.checkpoint.template import TEMPLATES, ChatTemplate
 from flashmoe.checkpoint.tokenizer import Tokenizer
 from flashmoe.checkpoint.weights import WeightFinder
 from flashmoe.errors import CheckpointError
@@ -26,6 +27,8 @@ from flashmoe.machine.files import is_there, names_in, regular_file_size
 
 if TYPE_CHECKING:
     from flashmoe import _native
+
+log = logging.getLogger("flashmoe")
 
 JOB = "pack.json"
 """What `flashmoe pack` writes first, as config.json is what it writes last."""
@@ -39,6 +42,8 @@ _METADATA_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
     "chat_template.json",
+    f"{TEMPLATES}/*.jinja",
+    "hf_quant_config.json",
 )
 
 
@@ -78,25 +83,45 @@ class Checkpoint:
         if directory is not None:
             return _open_directory(os.fspath(source), Metadata(directory))
         name = os.fspath(source)
-        directory = hub.download(name, _METADATA_FILES)
+        model, revision = split_revision(name)
+        directory = hub.download(model, _METADATA_FILES, revision)
         metadata = Metadata(directory)
+        if not is_there(directory / "config.json"):
+            raise CheckpointError(
+                f"{name}: has no config.json on the hub; if it holds GGUF files or an adapter, take"
+                " the model's safetensors edition"
+            )
         config = ModelConfig.of(metadata)
-        index = Index(directory) if is_there(directory / INDEX) else None
+        files = Index(directory).files if is_there(directory / INDEX) else [SINGLE]
         # The weights must be of the commit that the metadata is of.
-        hub.download(name, index.files if index else [SINGLE], commit=directory.name)
-        return _open_directory(name, metadata, config, index)
+        commit = directory.name
+        hub.download(model, files, commit)
+        if not all(is_there(directory / file) for file in files):
+            hub.download(model, ["model*.safetensors"], commit)
+        if not weights_among(names_in(directory)):
+            hub.download(model, ["*.safetensors"], commit)
+        return _open_directory(name, metadata, config)
 
     @staticmethod
     def look(source: str | os.PathLike[str]) -> "Checkpoint":
         """Likewise, but of a model on the hub only config and headers are fetched, a few MB."""
-        if find_local(source) is not None:
+        if find_local(source) is not None or hub.is_offline():
             return Checkpoint.open(source)
         name = os.fspath(source)
-        metadata = Metadata(hub.fetch(name, "config.json", ["generation_config.json"]))
+        model, revision = split_revision(name)
+        optional = ["generation_config.json", "hf_quant_config.json", INDEX]
+        metadata = Metadata(hub.fetch(model, "config.json", optional, revision))
         config = ModelConfig.of(metadata)
+        commit = metadata.directory.name
+        present = hub.list_files(model, commit)
+        files = [SINGLE] if SINGLE in present else weights_among(present)
+        if is_there(metadata.directory / INDEX):
+            indexed = Index(metadata.directory).files
+            if set(indexed) <= set(present):  # or else it is stale
+                files = indexed
         tensors = [
             Tensor(t.name, Path(t.file), t.begin, t.end - t.begin, t.dtype, t.shape)
-            for t in hub.read_headers(name, metadata.directory.name)
+            for t in hub.read_headers(model, commit, files)
         ]
         wanted = {tensor.name: tensor for tensor in tensors if not is_skipped(tensor.name)}
         disk_bytes = sum(tensor.nbytes for tensor in tensors)
@@ -116,12 +141,12 @@ class Checkpoint:
         here: bool = True,
     ) -> "Checkpoint":
         """Likewise from tensors whose headers were read elsewhere, as `listing` lists them."""
-        weights = WeightFinder(listing, config, tensors)
+        weights = WeightFinder(listing, config, tensors, here=here)
         weights.find()
         return Checkpoint(
             source,
             metadata,
-            config,
+            weights.config,
             list(weights.files),
             weights.matrices,
             weights.vectors,
@@ -155,6 +180,16 @@ class Checkpoint:
                 "both again"
             )
         return ids
+
+    @cached_property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """What ends a text: the configs' tokens, and the tokenizer's own."""
+        own = self.metadata.token("eos_token") if self.has_tokenizer else None
+        found = None if own is None else self.tokenizer.id_of(own)
+        ids = self.config.eos_token_ids
+        if found is None or found in ids or found >= self.config.vocab_size:
+            return ids
+        return (*ids, found)
 
     @cached_property
     def template(self) -> ChatTemplate | None:
@@ -224,7 +259,6 @@ def _open_directory(
     source: str,
     metadata: Metadata,
     config: ModelConfig | None = None,
-    index: Index | None = None,
 ) -> Checkpoint:
     directory = metadata.directory
     if is_there(directory / JOB) and not is_there(directory / "config.json"):
@@ -234,14 +268,32 @@ def _open_directory(
         )
     with _collector_paused():
         config = config or ModelConfig.of(metadata)
-        index = index or Index(directory)
-        tensors = index.tensors()
+        index = Index(directory)
         disk_bytes = sum(
             regular_file_size(directory / name)
             for name in names_in(directory)
-            if name.endswith(".safetensors")
+            # Not what macOS leaves beside files, nor links to what was deleted to save room.
+            if name.endswith(".safetensors") and name[0] != "." and is_there(directory / name)
         )
-        return Checkpoint.of_tensors(source, metadata, config, tensors, index.path, disk_bytes)
+
+        def found(tensors: Mapping[str, Tensor], listing: Path) -> Checkpoint:
+            return Checkpoint.of_tensors(source, metadata, config, tensors, listing, disk_bytes)
+
+        try:
+            return found(index.tensors(), index.path)
+        except CheckpointError:
+            # An index is carried over from the model that this one was made of, at times.
+            if index.names is not None:
+                for tensors in index.without_index():
+                    with suppress(CheckpointError):
+                        checkpoint = found(tensors, directory)
+                        log.warning(
+                            "%s: does not say what the files beside it hold, which are complete:"
+                            " it is left aside",
+                            index.path,
+                        )
+                        return checkpoint
+            raise
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -9,20 +10,66 @@ from typing import TYPE_CHECKING, Any
 
 from flashmoe.checkpoint.json import read_json
 from flashmoe.checkpoint.metadata import Metadata
-from flashmoe.errors import ArgumentError, CheckpointError
+from flashmoe.errors import ArgumentError, CheckpointError, printable
 from flashmoe.machine.files import is_there, read_file
 
 if TYPE_CHECKING:
     from flashmoe.checkpoint.jinja import Template
 
+log = logging.getLogger("flashmoe")
+
 Message = Mapping[str, Any]
 """A turn: `role`, `content`, and what the template knows besides (`tool_calls`, …)."""
 
 
+TEMPLATES = "additional_chat_templates"
+"""A folder of templates that are named by their files."""
+
 _LARGEST = 4 << 20  # bytes of a chat_template.jinja
-_NOT_TURNS = (
-    'messages must be a list of turns such as {{"role": "user", "content": "Hello"}}; got {!r}'
+_MEDIA = frozenset(
+    f"{prefix}{kind}{suffix}"
+    for kind in ("image", "video", "audio", "file")
+    for prefix in ("", "input_")
+    for suffix in ("", "s", "_url")
 )
+
+
+def turns_of(messages: Iterable[Message]) -> list[Message]:
+    """The turns of a conversation, of which an iterator gives each only once.
+
+    Raises ArgumentError where they are none.
+    """
+    turns = None
+    if isinstance(messages, Iterable) and not isinstance(messages, (str, bytes, Mapping)):
+        turns = list(messages)
+    if turns is None or not all(isinstance(turn, Mapping) for turn in turns):
+        raise ArgumentError(
+            'messages must be a list of turns such as {"role": "user", "content": "Hello"}; '
+            f"got {messages if turns is None else turns!r}"
+        )
+    return turns
+
+
+def refuse_media(message: Message, where: str) -> None:
+    """Raises ArgumentError for an image, a video or a sound: templates write a mark in its place,
+    and the model, which reads only text, would answer as if it had seen it."""
+    content = message.get("content")
+    parts = content if isinstance(content, (list, tuple)) else ()
+    looked = [(where, message)]
+    looked += [
+        (f"{where}.content[{number}]", part)
+        for number, part in enumerate(parts)
+        if isinstance(part, Mapping)
+    ]
+    for place, part in looked:
+        held = [key for key in part.keys() & _MEDIA if part[key]]
+        if part is not message and str(part.get("type")) in _MEDIA:
+            held = [part["type"]]
+        if held:
+            raise ArgumentError(
+                f"{place}: {held[0]!r} is not supported, only parts of text: this engine computes"
+                " text, and would not see it"
+            )
 
 
 class ChatTemplate:
@@ -32,12 +79,14 @@ class ChatTemplate:
         self.text = text
         self.path = path
         self._tokens = dict(tokens or {})
+        self._known: set[str] = set()  # variables that it has, or was said not to have
 
     @classmethod
     def load(cls, metadata: Metadata, *, tools: bool = False) -> ChatTemplate | None:
         """From `chat_template.jinja`, `tokenizer_config.json` or `chat_template.json`, else None.
 
-        Where several are named, "tool_use" is taken for a conversation with tools, else "default".
+        Where several are named, as those in `additional_chat_templates` are by their files,
+        "tool_use" is taken for a conversation with tools, else "default".
 
         Raises:
             CheckpointError: a file cannot be read, or holds something else.
@@ -45,16 +94,17 @@ class ChatTemplate:
         directory, config = metadata.directory, metadata.tokenizer
         tokens: dict[str, str] = {}
         for name in ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token"):
-            value = config.get(name)
-            value = value.get("content") if isinstance(value, dict) else value
-            if isinstance(value, str):
+            if (value := metadata.token(name)) is not None:
                 tokens[name] = value
-        path = directory / "chat_template.jinja"
-        if is_there(path):
-            try:
-                return cls(read_file(path, _LARGEST).decode("utf-8"), path, tokens)
-            except UnicodeDecodeError as error:
-                raise CheckpointError(f"{path}: not UTF-8: {error}") from error
+        paths = [directory / "chat_template.jinja"]
+        if tools:
+            paths.insert(0, directory / TEMPLATES / "tool_use.jinja")
+        for path in paths:
+            if is_there(path):
+                try:
+                    return cls(read_file(path, _LARGEST).decode("utf-8"), path, tokens)
+                except UnicodeDecodeError as error:
+                    raise CheckpointError(f"{path}: not UTF-8: {error}") from error
         path, text = directory / "tokenizer_config.json", config.get("chat_template")
         if text is None and is_there(other := directory / "chat_template.json"):
             path, text = other, read_json(other).get("chat_template")
@@ -87,14 +137,13 @@ class ChatTemplate:
             ArgumentError: messages are not turns, or the template refuses them.
             CheckpointError: the template is not valid Jinja, or computes without end.
         """
-        if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
-            raise ArgumentError(_NOT_TURNS.format(messages))
-        messages = list(messages)
-        if not all(isinstance(message, Mapping) for message in messages):
-            raise ArgumentError(_NOT_TURNS.format(messages))
+        messages = turns_of(messages)
+        for number, message in enumerate(messages):
+            refuse_media(message, f"messages[{number}]")
         from flashmoe.checkpoint.jinja import TemplateError  # noqa: PLC0415
 
         template = self._compiled
+        self._say_what_has_no_effect(variables)
         # A key whose value is None means the same as an absent one; templates know only the latter.
         turns = [{k: v for k, v in m.items() if v is not None} for m in messages]
         try:
@@ -116,6 +165,23 @@ class ChatTemplate:
             raise ArgumentError(
                 f"{self.path}: the chat template refuses this: {failure}"
             ) from failure
+
+    def reads(self, name: str) -> bool:
+        """Whether it has a variable of that name."""
+        return name in self._compiled.variables
+
+    def _say_what_has_no_effect(self, variables: Mapping[str, Any]) -> None:
+        for name in variables.keys() - self._known:
+            self._known.add(name)  # said once
+            if self.reads(name):
+                continue
+            what = "; a model that reasons does so all the same" if "think" in name else ""
+            log.warning(
+                "%s: the chat template has no variable %s: it has no effect%s",
+                self.path,
+                printable(name, 80),
+                what,
+            )
 
     @cached_property
     def _compiled(self) -> Template:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashmoe.errors import ArgumentError, CheckpointError, FlashMoeError
-from flashmoe.machine.files import is_there, regular_file_size
+from flashmoe.machine.files import is_there, read_file
 
 if TYPE_CHECKING:
     import tokenizers
@@ -55,10 +55,9 @@ class Tokenizer:
                 f"{path}: no such file; copy tokenizer.json from the model's page, or download it"
                 " again"
             )
-        if (size := regular_file_size(path)) > _LARGEST:
-            raise CheckpointError(f"{path}: {size} bytes; at most {_LARGEST} are believable here")
+        data = read_file(path, _LARGEST)
         with _explained(path):
-            library = Library.from_file(str(path))
+            library = Library.from_buffer(data)
             decoder = library.decoder
         if not isinstance(decoder, decoders.ByteLevel):
             raise CheckpointError(
@@ -95,6 +94,11 @@ class Tokenizer:
     def token(self, token: int) -> str:
         """How a token is written in a text, special ones too; "" for an id that is none."""
         return self.library.id_to_token(token) or ""
+
+    def id_of(self, text: str) -> int | None:
+        """The token that is written so; None where none is."""
+        with _explained(self._path):
+            return self.library.token_to_id(text)
 
     def piece(self, token: int) -> str:
         """The vocabulary's entry for an id, in the byte alphabet; "" for special ones and none."""

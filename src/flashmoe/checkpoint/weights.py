@@ -1,13 +1,16 @@
 """Finds the weights of the architecture among a checkpoint's tensors, as Hugging Face, MLX or
 `flashmoe pack` lay them out."""
 
+import dataclasses
+import logging
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from flashmoe.checkpoint.architecture import Kind, Weight, weights_of
-from flashmoe.checkpoint.config import ModelConfig
+from flashmoe.checkpoint.config import BITS, GROUPS, ModelConfig
 from flashmoe.checkpoint.headers import Tensor
 from flashmoe.checkpoint.index import listed
 from flashmoe.checkpoint.table import (
@@ -19,23 +22,46 @@ from flashmoe.checkpoint.table import (
     StoredVector,
 )
 from flashmoe.errors import CheckpointError
+from flashmoe.machine.files import open_file
+
+log = logging.getLogger("flashmoe")
 
 # Hugging Face with vision, MLX and pack, Hugging Face text only (and MLX's Qwen3-Next).
 _PREFIXES = ("model.language_model.", "language_model.model.", "model.")
 _HEADS = ("lm_head.", "language_model.lm_head.")
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_PARTS = ("weight", "scales", "biases")
+_OTHER_FORMATS = {
+    ".qweight": "GPTQ or AWQ",
+    ".weight_packed": "compressed-tensors",
+    "_blocks": "MXFP4",
+}
+_INSTEAD = (
+    "reads weights of 16 or 32 bits and MLX's affine ones: take the model's bf16 or MLX 4-bit"
+    " edition (mlx-community)"
+)
+_COMPARED = 4 << 20  # bytes at a time
 
 
 class WeightFinder:
     """Takes a checkpoint's tensors one weight at a time, each checked against the config.
 
     `listing` is what said which tensors there are (an index, a file, a model on the hub); messages
-    name it.
+    name it. `here` says whether the tensors' files are on this machine. `config` becomes that of an
+    untied head where one is stored.
     """
 
-    def __init__(self, listing: Path, config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        listing: Path,
+        config: ModelConfig,
+        tensors: Mapping[str, Tensor],
+        *,
+        here: bool = True,
+    ) -> None:
         self.config = config
         self.listing = listing
+        self.here = here
         self.files: dict[Path, int] = {}
         for tensor in tensors.values():
             self.files.setdefault(tensor.file, len(self.files))
@@ -54,10 +80,8 @@ class WeightFinder:
             CheckpointError: a tensor is missing, unknown, or of another shape or dtype than the
                 config says.
         """
-        if self.config.tie_word_embeddings:
-            # A copy of the embedding may be stored as well; transformers ignores it too.
-            for part in ("weight", "scales", "biases"):
-                self._tensors.pop(f"lm_head.{part}", None)
+        if self.config.tie_word_embeddings and "lm_head.weight" in self._tensors:
+            self._settle_head()
         for weight in weights_of(self.config):
             match weight.kind:
                 case Kind.MATRIX if weight.name not in self.matrices:
@@ -72,6 +96,26 @@ class WeightFinder:
                     self._vector(weight)
         if self._tensors:
             raise self._unknown(self._tensors.values())
+
+    def _settle_head(self) -> None:
+        """Leaves out a stored head that is a copy of the embedding it is said to be tied to.
+
+        One that differs was trained apart; it is used, as transformers does.
+        """
+        head, embedding = (
+            [self._tensors.get(f"{name}.{part}") for part in _PARTS]
+            for name in ("lm_head", "embed_tokens")
+        )
+        if self.here and not all(map(_equal, head, embedding)):
+            self.config = dataclasses.replace(self.config, tie_word_embeddings=False)
+            log.warning(
+                "%s: lm_head differs from the embedding, to which config.json says it is tied; it"
+                " is used as it is stored",
+                self.listing,
+            )
+            return
+        for part in _PARTS:
+            self._tensors.pop(f"lm_head.{part}", None)
 
     def _matrix(self, weight: Weight) -> None:
         name = weight.name
@@ -167,7 +211,6 @@ class WeightFinder:
                     f"{name}experts.{expert}.{projection}",
                     (),
                     *self._expert_shapes[projection],
-                    alias=f"{self._prefix}{name}switch_mlp.{projection}",
                 )
                 first = formats.setdefault(projection, format)
                 if format != first:
@@ -189,49 +232,41 @@ class WeightFinder:
         return extents
 
     def _take_parts(
-        self, name: str, lead: tuple[int, ...], rows: int, cols: int, alias: str | None = None
+        self, name: str, lead: tuple[int, ...], rows: int, cols: int
     ) -> tuple[Format, list[Tensor]]:
         """The weight of a matrix, and its scales and biases where it is quantized.
 
-        `lead` is what comes before [rows, cols] in the tensors' shapes; `alias` is another path
-        under which the config may list the module's quantization.
+        `lead` is what comes before [rows, cols] in the tensors' shapes.
         """
         weight = self._take(name + ".weight")
         if weight.dtype != "U32" and f"{name}.scales" not in self._tensors:
             _check(weight, FLOAT_BYTES, (*lead, rows, cols))
             return Format(rows, cols, weight.dtype), [weight]
-        scales, biases = self._take(name + ".scales"), self._take(name + ".biases")
-        bits, group = self._quantization(weight, alias)
-        if cols % group:
+        scales = self._take(name + ".scales")
+        if scales.dtype not in FLOAT_BYTES:
             raise CheckpointError(
-                f"{weight.file}: tensor {weight.name}: {cols} columns cannot be quantized in"
-                f" groups of {group}, as config.json says"
+                f"{scales.file}: tensor {scales.name}: dtype {scales.dtype}, expected"
+                f" {' or '.join(FLOAT_BYTES)}: only MLX's affine quantization is supported, and"
+                " none of mxfp4, mxfp8 and nvfp4"
             )
-        why = f" for {bits} bits and groups of {group}, as config.json says"
+        biases = self._take(name + ".biases")
+        bits = _divided(weight, 32 * _last(weight), cols, BITS, "bits")
+        group = _divided(scales, cols, _last(scales), GROUPS, "columns a group")
+        why = f" for {bits} bits and groups of {group}"
         _check(weight, ("U32",), (*lead, rows, cols * bits // 32), why)
         _check(scales, FLOAT_BYTES, (*lead, rows, cols // group), why)
         _check(biases, (scales.dtype,), (*lead, rows, cols // group), why)
         return Format(rows, cols, scales.dtype, bits, group), [weight, scales, biases]
 
-    def _quantization(self, weight: Tensor, alias: str | None) -> tuple[int, int]:
-        quantization = self.config.quantization
-        found = None
-        if quantization:
-            found = quantization.bits, quantization.group
-            for path in (weight.name.removesuffix(".weight"), alias):
-                if path and path in quantization.exceptions:
-                    found = quantization.exceptions[path]
-                    break
-        if not found:
-            raise CheckpointError(
-                f"{weight.file}: tensor {weight.name} is stored quantized, but config.json does not"
-                " say with how many bits"
-            )
-        return found
-
     def _take(self, name: str) -> Tensor:
         tensor = self._tensors.pop(name, None)
         if tensor is None:
+            for suffix, method in _OTHER_FORMATS.items():
+                if (other := name.removesuffix(".weight") + suffix) in self._tensors:
+                    raise CheckpointError(
+                        f"{self.listing}: tensor {self._prefix}{other} is {method}'s; flashmoe"
+                        f" {_INSTEAD}"
+                    )
             raise CheckpointError(
                 f"{self.listing}: no tensor {self._prefix}{name}; is the download complete, and"
                 " does config.json belong to these weights?"
@@ -295,6 +330,43 @@ def _extents(items: Iterable[tuple[int, int, int]]) -> Extents:
     return np.array(list(items), dtype=np.int64)
 
 
+def _divided(
+    tensor: Tensor, dividend: int, divisor: int, choices: tuple[int, ...], what: str
+) -> int:
+    """How a matrix is quantized, as a shape has it: config.json is wrong at times, shapes never."""
+    for choice in choices:
+        if dividend == choice * divisor:
+            return choice
+    found = dividend / divisor if divisor else 0
+    raise CheckpointError(
+        f"{tensor.file}: tensor {tensor.name}: shape {list(tensor.shape)} is {found:g} {what} for"
+        f" what config.json makes of this matrix, expected {', '.join(map(str, choices))}"
+    )
+
+
+def _last(tensor: Tensor) -> int:
+    return tensor.shape[-1] if tensor.shape else 0
+
+
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two tensors hold the same; the first difference ends the reading."""
+    if one is None or other is None:
+        return one is other
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    with open_file(one.file) as a, open_file(other.file) as b:
+        for at in range(0, one.nbytes, _COMPARED):
+            length = min(_COMPARED, one.nbytes - at)
+            try:
+                if os.pread(a.fileno(), length, one.offset + at) != os.pread(
+                    b.fileno(), length, other.offset + at
+                ):
+                    return False
+            except OSError as error:
+                raise CheckpointError(f"{one.file}: cannot be read: {error.strerror}") from None
+    return True
+
+
 def _check(tensor: Tensor, dtypes: Iterable[str], shape: tuple[int, ...], why: str = "") -> None:
     if tensor.shape != shape:
         raise CheckpointError(
@@ -305,6 +377,7 @@ def _check(tensor: Tensor, dtypes: Iterable[str], shape: tuple[int, ...], why: s
         raise CheckpointError(
             f"{tensor.file}: tensor {tensor.name}: dtype {tensor.dtype},"
             f" expected {' or '.join(dtypes)}{why}"
+            + (f": flashmoe {_INSTEAD}" if tensor.dtype.startswith(("F8", "U8", "I8")) else "")
         )
 
 

@@ -14,6 +14,7 @@ from flashmoe.cli.lines import reader
 from flashmoe.cli.options import (
     Cache,
     Context,
+    Eos,
     Experts,
     MaxTokens,
     Precision,
@@ -21,11 +22,12 @@ from flashmoe.cli.options import (
     Source,
     Temperature,
     Threads,
+    parse_eos,
 )
 from flashmoe.cli.progress import Bar
 from flashmoe.cli.report import stats_line
 from flashmoe.cli.running import open_model
-from flashmoe.errors import ArgumentError, FlashMoeError
+from flashmoe.errors import ArgumentError, FlashMoeError, printable
 
 if TYPE_CHECKING:
     from flashmoe.generate.model import Model
@@ -51,6 +53,7 @@ def chat(
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     seed: Seed = None,
+    eos: Eos = None,
     experts_per_token: Experts = "auto",
     precision: Precision = "int8",
     threads: Threads = None,
@@ -73,7 +76,12 @@ def chat(
             raise ArgumentError(
                 f"{model.directory}: the checkpoint has no chat template; use flashmoe generate"
             )
-        options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+        options = {
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "seed": seed,
+            "eos": parse_eos(eos),
+        }
         talk = Talk(model, reader(), system=system, think=think, options=options)
         if load is not None:
             talk.load(str(load))
@@ -140,7 +148,7 @@ class Talk:
         path = _path(name, "/save")
         record = {
             "format": FORMAT,
-            "model": self._model.source,
+            "model": printable(self._model.source, 4096),  # a path need not be UTF-8
             "system": self._system,
             "think": self._think,
             "turns": self._turns,

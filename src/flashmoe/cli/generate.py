@@ -10,6 +10,7 @@ import typer
 from flashmoe.cli.options import (
     Cache,
     Context,
+    Eos,
     Experts,
     Json,
     MaxTokens,
@@ -18,6 +19,7 @@ from flashmoe.cli.options import (
     Source,
     Temperature,
     Threads,
+    parse_eos,
 )
 from flashmoe.cli.progress import Bar
 from flashmoe.cli.running import open_model, stream
@@ -96,6 +98,7 @@ def generate(
         list[str] | None,
         typer.Option(metavar="TEXT", help="End before this text; may be given several times."),
     ] = None,
+    eos: Eos = None,
     experts_per_token: Experts = "auto",
     precision: Precision = "int8",
     threads: Threads = None,
@@ -143,6 +146,7 @@ def generate(
             "max_tokens": max_tokens,
             "seed": seed,
             "stop": stop or None,
+            "eos": parse_eos(eos),
         }
         with Bar("reading the prompt", "tokens") as options["progress"]:
             if chatting:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flashmoe.cli.options import Experts, Json, parse_experts
+from flashmoe.cli.options import MAX_THREADS, Experts, Json, parse_experts
 
 
 def info(
@@ -27,7 +27,10 @@ def info(
         ),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Of the CPU; all cores if not given.")
+        int | None,
+        typer.Option(
+            min=1, max=MAX_THREADS, metavar="N", help="Of the CPU; all cores if not given."
+        ),
     ] = None,
     cache: Annotated[
         str | None,

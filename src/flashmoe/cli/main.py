@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import sys
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from flashmoe.cli import bench, chat, doctor, evaluate, generate, info, pack, serve
+from flashmoe.cli import bench, chat, doctor, evaluate, generate, info, pack, serve, verify
 from flashmoe.errors import ArgumentError, FlashMoeError
 
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE = 1, 2, 130, 141
@@ -30,21 +31,27 @@ class Commands(TyperGroup):
         except KeyboardInterrupt:
             typer.echo("\nstopped", err=True)
             raise typer.Exit(EXIT_INTERRUPTED) from None
-        except BrokenPipeError:
-            # Who read the output has gone, as `head` does. Python would complain when it flushes.
-            _drop_output()
-            raise typer.Exit(EXIT_PIPE) from None
         except OSError as error:  # of printing: what reads and writes files has its own errors
-            _drop_output()
-            where = error.filename or "standard output"
-            typer.secho("error: ", err=True, fg="red", bold=True, nl=False)
-            typer.echo(f"{where}: cannot be written: {error.strerror or error}", err=True)
-            raise typer.Exit(EXIT_ERROR) from None
+            raise typer.Exit(_cannot_print(error)) from None
+
+
+def _cannot_print(error: OSError) -> int:
+    """The exit code where output goes nowhere, which is said if that is of any use."""
+    _drop_output()
+    # Who read the output has gone, as `head` does. Python would complain when it flushes.
+    if isinstance(error, BrokenPipeError):
+        return EXIT_PIPE
+    where = error.filename or "standard output"
+    with contextlib.suppress(OSError):  # stderr may be on the same full disk
+        typer.secho("error: ", err=True, fg="red", bold=True, nl=False)
+        typer.echo(f"{where}: cannot be written: {error.strerror or error}", err=True)
+    return EXIT_ERROR
 
 
 def _drop_output() -> None:
     """What is still to be flushed goes nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with contextlib.suppress(OSError, ValueError):  # it is no file, but a test's
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 app = typer.Typer(
@@ -56,8 +63,8 @@ app = typer.Typer(
 )
 
 
-def main() -> None:
-    """The `flashmoe` program."""
+def run() -> int:
+    """The `flashmoe` program; its exit code."""
     # A stream that is closed is None to Python.
     sys.stdin = sys.stdin or io.StringIO()
     sys.stdout = sys.stdout or io.StringIO()
@@ -66,7 +73,18 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             # A terminal that lacks a character of the answer shows another in its place.
             stream.reconfigure(errors="replace")
-    app(prog_name="flashmoe")
+    try:
+        try:
+            app(prog_name="flashmoe")
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else EXIT_ERROR
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except OSError as error:  # --help and --version are printed before a command is run
+        return _cannot_print(error)
+    return code
 
 
 def _version(wanted: bool) -> None:
@@ -95,6 +113,7 @@ app.command("serve")(serve.serve)
 app.command("doctor")(doctor.doctor)
 app.command("generate")(generate.generate)
 app.command("pack")(pack.pack)
+app.command("verify")(verify.verify)
 app.command("info")(info.info)
 app.command("bench")(bench.bench)
 app.command("eval")(evaluate.evaluate)

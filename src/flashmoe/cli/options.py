@@ -9,6 +9,8 @@ import typer
 from flashmoe.checkpoint.config import ExpertsPerToken
 from flashmoe.errors import ArgumentError
 
+MAX_THREADS = 1024
+
 Source = Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a directory, or 'demo'.")]
 Experts = Annotated[
     str,
@@ -26,7 +28,12 @@ Precision = Annotated[
 ]
 Threads = Annotated[
     int | None,
-    typer.Option(min=1, metavar="N", help="To compute with; all physical cores if not given."),
+    typer.Option(
+        min=1,
+        max=MAX_THREADS,
+        metavar="N",
+        help="To compute with; all physical cores if not given.",
+    ),
 ]
 Cache = Annotated[
     str | None,
@@ -52,7 +59,23 @@ Temperature = Annotated[
 Seed = Annotated[
     int | None, typer.Option(min=0, metavar="N", help="The same seed draws the same tokens.")
 ]
+Eos = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="TOKEN",
+        help="End after this token too, as the tokenizer writes it or its id; may be given several "
+        "times.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
+
+
+def parse_eos(given: list[str] | None) -> list[int | str]:
+    """`eos` as the library takes it."""
+    return [
+        int(token) if token.isascii() and token.isdecimal() and len(token) < 10 else token
+        for token in given or ()
+    ]
 
 
 def parse_experts(given: str) -> ExpertsPerToken:

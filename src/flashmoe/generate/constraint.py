@@ -171,8 +171,8 @@ def prepare(checkpoint: Checkpoint) -> Future[Grammars]:
     with _grammars_lock:
         future = _grammars.get(tokenizer)
         if future is None or (future.done() and future.exception() is not None):
-            config = checkpoint.config
-            future = _pool.submit(Grammars, tokenizer, config.vocab_size, config.eos_token_ids)
+            vocab, eos = checkpoint.config.vocab_size, checkpoint.eos_token_ids
+            future = _pool.submit(Grammars, tokenizer, vocab, eos)
             _grammars[tokenizer] = future
         return future
 
@@ -440,7 +440,7 @@ def constraint_of(
             )
     return Constraint(
         tokenizer,
-        eos=checkpoint.config.eos_token_ids,
+        eos=checkpoint.eos_token_ids,
         grammars=grammars,
         values=values,
         structure=structure,

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from flashmoe.checkpoint.json import strict_json
-from flashmoe.checkpoint.template import ChatTemplate, Message
+from flashmoe.checkpoint.template import ChatTemplate, Message, refuse_media, turns_of
 from flashmoe.errors import ArgumentError
 
 
-def prepare(messages: Sequence[Message], template: ChatTemplate) -> list[dict[str, Any]]:
+def prepare(messages: Iterable[Message], template: ChatTemplate) -> list[dict[str, Any]]:
     """The turns, as the template wants them.
 
     - "developer" is "system"; system turns at the beginning become one. A later one stays where it
@@ -23,13 +23,7 @@ def prepare(messages: Sequence[Message], template: ChatTemplate) -> list[dict[st
     Raises:
         ArgumentError: a turn is not one, or holds what is not text; the message says which.
     """
-    if isinstance(messages, (str, bytes, Mapping)) or not all(
-        isinstance(m, Mapping) for m in messages
-    ):
-        raise ArgumentError(
-            'messages must be a list of turns such as {"role": "user", "content": "Hello"}; '
-            f"got {messages!r}"
-        )
+    messages = turns_of(messages)
     turns: list[dict[str, Any]] = []
     late = []
     for number, message in enumerate(messages):
@@ -48,6 +42,7 @@ def prepare(messages: Sequence[Message], template: ChatTemplate) -> list[dict[st
 
 
 def _turn(message: Message, where: str) -> dict[str, Any]:
+    refuse_media(message, where)
     turn = {key: value for key, value in message.items() if value is not None}
     if turn.get("role") == "developer":
         turn["role"] = "system"
@@ -69,6 +64,8 @@ def _turn(message: Message, where: str) -> dict[str, Any]:
 def _text(content: Any, where: str) -> str:
     if isinstance(content, str):
         return content
+    if isinstance(content, Iterator):
+        content = list(content)
     if not isinstance(content, Sequence):
         raise ArgumentError(f"{where}.content must be text or a list of parts; got {content!r}")
     texts = []

@@ -257,7 +257,8 @@ class Model:
         repetition_penalty: float | None = None,
         presence_penalty: float | None = None,
         seed: int | None = None,
-        stop: str | Sequence[str] | None = None,
+        stop: str | Iterable[str] | None = None,
+        eos: int | str | Iterable[int | str] = (),
         ignore_eos: bool = False,
         logprobs: int = 0,
         processors: Sequence[LogitsProcessor] = (),
@@ -276,8 +277,10 @@ class Model:
             max_tokens: to give out at most; None for as many as the context holds. 0 only adds the
                 prompt to the state.
             seed: the same seed draws the same tokens; None draws others each time.
-            stop: ends the answer before the first of these strings.
-            ignore_eos: go on after an end-of-sequence token.
+            stop: ends the answer before the first of these strings. A special token, which gives
+                no text, ends it too.
+            eos: more tokens that end a sequence, as ids or as the tokenizer writes them.
+            ignore_eos: go on after the checkpoint's own end-of-sequence tokens.
             logprobs: how many of the most probable tokens each token is to carry.
             processors: change logits after the penalties; see `LogitsProcessor`.
             state: what came before; it then holds the prompt and every token given out.
@@ -320,7 +323,7 @@ class Model:
             stream=self._text_stream(stop),
             max_tokens=max_tokens,
             context=self.context,
-            eos=frozenset(() if ignore_eos else self.config.eos_token_ids),
+            eos=self._eos(eos, ignore_eos),
             progress=progress,
             logprobs=logprobs,
         )
@@ -348,7 +351,8 @@ class Model:
         repetition_penalty: float | None = None,
         presence_penalty: float | None = None,
         seed: int | None = None,
-        stop: str | Sequence[str] | None = None,
+        stop: str | Iterable[str] | None = None,
+        eos: int | str | Iterable[int | str] = (),
         ignore_eos: bool = False,
         logprobs: int = 0,
         processors: Sequence[LogitsProcessor] = (),
@@ -416,6 +420,7 @@ class Model:
             "max_tokens": max_tokens,
             "seed": seed,
             "stop": stop,
+            "eos": eos,
             "ignore_eos": ignore_eos,
             "logprobs": logprobs,
             "processors": processors,
@@ -452,7 +457,8 @@ class Model:
         *,
         max_tokens: int | None = None,
         seed: int | None = None,
-        stop: str | Sequence[str] | None = None,
+        stop: str | Iterable[str] | None = None,
+        eos: int | str | Iterable[int | str] = (),
         ignore_eos: bool = False,
         logprobs: int = 0,
         processors: Sequence[LogitsProcessor] = (),
@@ -481,7 +487,7 @@ class Model:
             stream=stream,
             max_tokens=max_tokens,
             context=self.context,
-            eos=frozenset(() if ignore_eos else self.config.eos_token_ids),
+            eos=self._eos(eos, ignore_eos),
             progress=progress,
             logprobs=logprobs,
             marks=prompt.marks,
@@ -630,7 +636,19 @@ class Model:
                 raise ArgumentError(f"token id {i} is not in the vocabulary of {vocab}")
         return ids
 
-    def _text_stream(self, stop: str | Sequence[str] | None) -> TextStream | None:
+    def _eos(self, more: int | str | Iterable[int | str], ignored: bool) -> frozenset[int]:
+        """The tokens that end a sequence."""
+        ids = list(() if ignored else self.checkpoint.eos_token_ids)
+        for token in (more,) if isinstance(more, (int, str)) else more:
+            found = self.checkpoint.tokenizer.id_of(token) if isinstance(token, str) else token
+            if type(found) is not int or not 0 <= found < self.config.vocab_size:
+                raise ArgumentError(
+                    f"eos names tokens of the model, by id or as they are written; got {token!r}"
+                )
+            ids.append(found)
+        return frozenset(ids)
+
+    def _text_stream(self, stop: str | Iterable[str] | None) -> TextStream | None:
         """None for a checkpoint without a tokenizer, which runs on ids and gives no text."""
         if stop is None and not self.checkpoint.has_tokenizer:
             return None

@@ -82,7 +82,7 @@ class Prompts:
 
     def make(
         self,
-        messages: Sequence[Message],
+        messages: Iterable[Message],
         tools: Sequence[ToolSpec] = (),
         variables: Mapping[str, Any] | None = None,
         *,
@@ -102,7 +102,7 @@ class Prompts:
         """
         template = self.template(tools)
         given = dict(variables or {})
-        if "preserve_thinking" in template.text:
+        if template.reads("preserve_thinking"):
             given.setdefault("preserve_thinking", True)
         turns = self._recall(_without_noise(prepare(messages, template)))
         text = _render(template, turns, tools, given, add_generation_prompt=not continues)

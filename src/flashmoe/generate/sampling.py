@@ -16,6 +16,15 @@ from flashmoe.generate.processors import Constraint, Floats, LogitsProcessor, pr
 Ids = npt.NDArray[np.intp]
 
 
+# Values by which other engines mean that something is off, as generation configs have them.
+_MEANS_OFF: dict[str, Callable[[Any], bool]] = {
+    "top_k": lambda x: _is_number(x) and x < 0,
+    "top_p": lambda x: _is_number(x) and (x < 0 or x > 1),
+    "min_p": lambda x: _is_number(x) and x < 0,
+    "repetition_penalty": lambda x: _is_number(x) and -1 <= x <= 0,
+}
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How a token is drawn. The rules and their order are those of transformers' `generate`.
@@ -25,7 +34,7 @@ class Sampling:
 
     Attributes:
         temperature: logits are divided by it; 0 takes the most probable token (ties: lowest id).
-        top_k: keep the k most probable tokens (ties: lowest ids); 0 keeps all.
+        top_k: keep the k most probable tokens (ties: lowest ids); 0 or -1 keeps all.
         top_p: keep the fewest most probable tokens whose probabilities sum to at least top_p.
         min_p: keep tokens at least min_p times as probable as the most probable one.
         repetition_penalty: of every token seen, a logit x > 0 becomes x / penalty, else x * penalty
@@ -43,7 +52,7 @@ class Sampling:
     def __post_init__(self) -> None:
         rules: tuple[tuple[str, Callable[[float], bool], str], ...] = (
             ("temperature", lambda x: 0 <= x <= 1e6, "between 0 (greedy) and 1000000"),
-            ("top_k", lambda x: 0 <= x < 2**31 and x == int(x), "a whole number, 0 (off) or more"),
+            ("top_k", lambda x: -1 <= x < 2**31 and x == int(x), "a whole number, 0 (off) or more"),
             ("top_p", lambda x: 0 < x <= 1, "more than 0 and at most 1 (off)"),
             ("min_p", lambda x: 0 <= x <= 1, "between 0 (off) and 1"),
             ("repetition_penalty", lambda x: 1e-3 <= x <= 1e3, "0.001 to 1000 (1 is off)"),
@@ -51,15 +60,20 @@ class Sampling:
         )
         for name, allowed, text in rules:
             value = getattr(self, name)
-            number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-            if not number or not allowed(value):  # no comparison holds for NaN
+            if not _is_number(value) or not allowed(value):  # no comparison holds for NaN
                 raise ArgumentError(f"{name} must be {text}; got {value!r}")
 
     @classmethod
     def from_generation_config(cls, config: Mapping[str, Any]) -> Sampling:
         """The defaults of a checkpoint's `generation_config.json`; greedy unless it samples."""
         given = {f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None}
-        if config.get("do_sample", "temperature" in given) is False:
+        for name, off in _MEANS_OFF.items():
+            if name in given and off(given[name]):
+                del given[name]
+        if given.get("top_p") == 0:  # the likeliest token alone, as transformers has it
+            given["top_p"] = 1e-9
+        samples = config.get("do_sample")
+        if ("temperature" in given if samples is None else samples) is False:
             given["temperature"] = 0.0
         else:
             given.setdefault("temperature", 1.0)
@@ -68,6 +82,10 @@ class Sampling:
     def override(self, **values: float | None) -> Sampling:
         """A copy with every value that is not None replaced."""
         return replace(self, **{k: v for k, v in values.items() if v is not None})  # type: ignore[arg-type]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
 
 
 class Sampler:
@@ -156,7 +174,7 @@ class Sampler:
         # Relative to the largest, so that a low temperature overflows to probability 0 only.
         with np.errstate(over="ignore"):
             scores = (logits - logits.max()) / np.float32(max(s.temperature, 1e-30))
-        ids, weights = _candidates(scores, int(s.top_k), float(s.top_p))
+        ids, weights = _candidates(scores, max(int(s.top_k), 0), float(s.top_p))
         if s.min_p > 0:
             kept = weights >= s.min_p * weights.max()
             ids, weights = ids[kept], weights[kept]

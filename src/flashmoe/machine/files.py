@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import stat
@@ -63,12 +64,46 @@ def regular_file_size(path: Path) -> int:
     try:
         status = os.stat(path)
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; is the download complete?") from None
+        gone = f" (a link to {os.readlink(path)}, which is gone)" if os.path.islink(path) else ""
+        raise CheckpointError(f"{path}: no such file{gone}; is the download complete?") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be opened: {_reason(error)}") from None
     if not stat.S_ISREG(status.st_mode):
         raise CheckpointError(f"{path}: not a regular file")
     return status.st_size
+
+
+def require_itself(path: Path, beginning: bytes) -> None:
+    """Raises CheckpointError where a file is what often stands in the place of another.
+
+    Git LFS leaves pointers where it is not installed, and a server a page that says no.
+    """
+    if len(beginning) >= 16 and not any(beginning):
+        raise CheckpointError(
+            f"{path}: begins with zeros: it was never downloaded, only its room was made; download"
+            " it again"
+        )
+    start = beginning[:64].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(
+            f"{path}: is a Git LFS pointer, not the file that it stands for; run 'git lfs pull' in"
+            " its directory, or download the model with 'hf download'"
+        )
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise CheckpointError(
+            f"{path}: is a web page, not the file; download it again, signed in if its owner asks"
+            " for that ('hf auth login')"
+        )
+    if start.startswith(b"pk\x03\x04"):
+        raise CheckpointError(
+            f"{path}: is a zip file, as PyTorch writes weights, which flashmoe does not read; take"
+            " the model's safetensors edition"
+        )
+    if start.startswith(b"gguf"):
+        raise CheckpointError(
+            f"{path}: is a GGUF file, which flashmoe does not read; take the model's safetensors"
+            " edition"
+        )
 
 
 def open_file(path: Path) -> FileIO:
@@ -88,18 +123,21 @@ def read_file(path: Path, limit: int) -> bytes:
     """All of a regular file of at most `limit` bytes.
 
     Raises:
-        CheckpointError: as regular_file_size; too long, or it cannot be read.
+        CheckpointError: as regular_file_size; too long, something else in its place, or it cannot
+            be read.
     """
     size = regular_file_size(path)
     if size > limit:
         raise CheckpointError(f"{path}: {size} bytes; at most {limit} are believable here")
     try:
         with path.open("rb") as file:
-            return file.read(size)
+            data = file.read(size)
     except MemoryError:
         raise OutOfMemoryError(f"{path}: there is no memory for its {size} bytes") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {_reason(error)}") from None
+    require_itself(path, data[:64])
+    return data
 
 
 @contextmanager
@@ -119,9 +157,11 @@ def replacing(path: Path) -> Iterator[int]:
         mode = _mode_of(path)
         descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         if mode is not None:
-            os.fchmod(descriptor, mode)
+            with _unless_unsupported(errno.EPERM):
+                os.fchmod(descriptor, mode)
         yield descriptor
-        os.fsync(descriptor)
+        with _unless_unsupported():
+            os.fsync(descriptor)
         # A network file system may say only now that there was no room.
         closing, descriptor = descriptor, -1
         os.close(closing)
@@ -148,6 +188,16 @@ def write_at(descriptor: int, data: Any, offset: int) -> int:
         written = os.pwrite(descriptor, view, offset)
         view, offset = view[written:], offset + written
     return offset
+
+
+@contextmanager
+def _unless_unsupported(*more: int) -> Iterator[None]:
+    """Goes on where a file system, of a network or of a card, does not have such a thing."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, *more):
+            raise
 
 
 def _mode_of(path: Path) -> int | None:

@@ -7,7 +7,6 @@ over blocks of 128 tokens, since neighbouring tokens are alike.
 from __future__ import annotations
 
 import codecs
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from flashmoe.checkpoint.json import strict_json
 from flashmoe.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ def read_prompts(path: Path) -> list[Prompt]:
         raise ArgumentError(f"{path}: cannot be read: {error}") from error
     for number, line in enumerate(lines, 1):
         try:
-            given = json.loads(line)
+            given = strict_json(line)
             prompt = Prompt(
                 given["messages"],
                 given.get("tools"),
@@ -213,9 +213,13 @@ def read_prompts(path: Path) -> list[Prompt]:
                 raise ValueError("it needs either a schema or a call")
             if prompt.schema is not None:
                 _check_schema(prompt.schema)
-            elif not {"name", "arguments"} <= set(prompt.call or ()):
+            elif not (
+                isinstance(prompt.call, dict)
+                and isinstance(prompt.call.get("name"), str)
+                and isinstance(prompt.call.get("arguments"), dict)
+            ):
                 raise ValueError("the call needs a name and arguments")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ArgumentError(f"{path}, line {number}: not a prompt: {error!r}") from error
         prompts.append(prompt)
     return prompts
@@ -236,8 +240,9 @@ def answer_prompts(
         call and nothing else), "call_tool" (the right tool) and "call_right" (every argument too).
     """
     seen: dict[str, list[bool]] = {}
-    for done, prompt in enumerate(prompts, 1):
-        ids = model.prompt_ids(prompt.messages, tools=prompt.tools, think=False)
+    # All of them before the first: what is wrong with the last is not to be learned in an hour.
+    rendered = [_ids(model, prompt, number) for number, prompt in enumerate(prompts, 1)]
+    for done, (prompt, ids) in enumerate(zip(prompts, rendered, strict=True), 1):
         tokens = model.generate(ids, max_tokens=max_tokens, temperature=0)
         answer = "".join(token.text for token in tokens)
         for name, right in judge(prompt, answer).items():
@@ -247,13 +252,26 @@ def answer_prompts(
     return {name: proportion(sum(rights), len(rights)) for name, rights in seen.items()}
 
 
+def _ids(model: Model, prompt: Prompt, number: int) -> list[int]:
+    try:
+        ids = model.prompt_ids(prompt.messages, tools=prompt.tools, think=False)
+    except ArgumentError as error:
+        raise ArgumentError(f"prompt {number}: {error}") from error
+    if len(ids) >= model.context:
+        raise ArgumentError(
+            f"prompt {number}: has {len(ids)} tokens; with an answer more than the context of"
+            f" {model.context} holds"
+        )
+    return ids
+
+
 def judge(prompt: Prompt, answer: str) -> dict[str, bool]:
     """In which respects an answer is right; the names are those of `answer_prompts`."""
     answer = answer.rpartition("</think>")[2].strip()
     if prompt.schema is not None:
         fenced = re.fullmatch(r"```(?:json)?\n(.*)\n```", answer, re.DOTALL)
         try:
-            value = json.loads(fenced[1] if fenced else answer)
+            value = strict_json(fenced[1] if fenced else answer)
             valid = True
         except ValueError:
             value, valid = None, False
@@ -290,7 +308,7 @@ def parse_call(answer: str) -> tuple[str, dict[str, Any]] | None:
             return None
         return function[1], dict(re.findall(parameter, function[2], re.DOTALL))
     try:
-        call = json.loads(inner)
+        call = strict_json(inner)
         return str(call["name"]), dict(call["arguments"])
     except (ValueError, KeyError, TypeError):
         return None
@@ -300,7 +318,7 @@ def _means(given: Any, wanted: Any) -> bool:
     """Whether an argument, perhaps written as text, is the wanted value."""
     if isinstance(given, str) and not isinstance(wanted, str):
         try:
-            given = json.loads(given)
+            given = strict_json(given)
         except ValueError:
             return False
     return type(given) is type(wanted) and bool(given == wanted)
@@ -341,11 +359,18 @@ def follows(value: Any, schema: Mapping[str, Any]) -> bool:
 def _check_schema(schema: Mapping[str, Any]) -> None:
     """ValueError for what `follows` does not know."""
     kind = schema["type"]
+    if not isinstance(kind, str):
+        raise ValueError(f"type {kind!r} of the schema is not known")
     known = {"object": {"properties", "required"}, "array": {"items"}}.get(kind, set())
     if not known and kind not in _SCALARS:
         raise ValueError(f"type {kind!r} of the schema is not known")
     if unknown := set(schema) - known - _KEYWORDS:
         raise ValueError(f"keywords of the schema that are not checked: {', '.join(unknown)}")
+    required, choices = schema.get("required", []), schema.get("enum", [])
+    if not isinstance(choices, list):
+        raise ValueError("enum of the schema is not a list")
+    if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
+        raise ValueError("required of the schema is not a list of names")
     for part in _parts(schema):
         _check_schema(part)
 

@@ -114,6 +114,8 @@ def make_plan(checkpoint: Checkpoint, bits: int, group: int) -> Plan:
     config = _without_quantization(checkpoint.metadata.config)
     if isinstance(text := config.get("text_config"), dict):
         config["text_config"] = _without_quantization(text)
+    # It may say that a head is tied which is not.
+    config["tie_word_embeddings"] = checkpoint.config.tie_word_embeddings
     if bits != 16:
         config |= dict.fromkeys(_QUANTIZATION_KEYS, formats.described())
     return Plan(tuple(files), config, tuple(formats.dense))

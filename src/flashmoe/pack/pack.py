@@ -22,6 +22,8 @@ from typing import Any
 from flashmoe.checkpoint.index import INDEX
 from flashmoe.checkpoint.json import read_json
 from flashmoe.checkpoint.open import JOB, Checkpoint
+from flashmoe.checkpoint.table import StoredMatrix
+from flashmoe.checkpoint.template import TEMPLATES
 from flashmoe.errors import (
     ArgumentError,
     CheckpointError,
@@ -40,7 +42,7 @@ from flashmoe.machine.files import (
     to_path,
     write_at,
 )
-from flashmoe.pack.convert import convert_rows, convert_vector
+from flashmoe.pack.convert import convert_rows, convert_vector, rows_in_use
 from flashmoe.pack.layout import Plan, PlannedFile, RowBlock, VectorCopy, make_plan
 
 log = logging.getLogger("flashmoe")
@@ -60,6 +62,7 @@ _COMPANIONS = (
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
+    f"{TEMPLATES}/*.jinja",
     "generation_config.json",
     "LICENSE*",
 )
@@ -111,7 +114,8 @@ def pack(
     Raises:
         ArgumentError: bits or a group size that do not exist; a destination that holds something
             else.
-        CheckpointError: the source is damaged, or a weight to quantize is not finite.
+        CheckpointError: the source is damaged, a weight to quantize is not finite, or there are
+            zeros where no weight is zero, as a download leaves them that was never written.
         ReadError: the source cannot be read.
         WriteError: too little room on the disk, found before anything is written or on the way; an
             I/O error; another process is packing to the destination.
@@ -124,11 +128,11 @@ def pack(
     if threads is not None and threads < 1:
         raise ArgumentError(f"threads is {threads!r}; give at least 1")
     checkpoint = Checkpoint.open(source)
+    source_files = _Source(checkpoint)
     plan = make_plan(checkpoint, bits, group_size)
     for path in plan.dense:
         log.warning("%s stays at 16 bits: groups of %d do not divide it", path, group_size)
     with _held(to_path(destination)) as directory:
-        source_files = _Source(checkpoint)
         _begin(directory, source_files, bits, group_size)
         job = _Job(directory, source_files, plan, threads or probe.physical_cores())
         job.run(progress or (lambda done, total: None))
@@ -152,6 +156,8 @@ def _held(directory: Path) -> Iterator[Path]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise WriteError(f"{directory}: another process is packing to it") from None
+        except OSError as error:  # network file systems have no locks, or none of directories
+            log.info("%s: cannot be locked (%s): pack to it only once", directory, error.strerror)
         yield directory
     except FlashMoeError:
         raise
@@ -209,7 +215,10 @@ class _Source:
         """
         directory = self.checkpoint.directory
         found = []
-        for name in names_in(directory):
+        names = names_in(directory)
+        if (directory / TEMPLATES).is_dir():
+            names += [f"{TEMPLATES}/{name}" for name in names_in(directory / TEMPLATES)]
+        for name in names:
             path = directory / name
             if path.is_dir() or not any(fnmatch(name, pattern) for pattern in _COMPANIONS):
                 continue
@@ -272,6 +281,7 @@ class _Job:
         self.plan = plan
         self.threads = threads
         self.written = 0
+        self._used: dict[str, int] = {}
 
     def run(self, progress: Callable[[int, int], None]) -> None:
         """Raises WriteError before anything is written where the disk is too small."""
@@ -292,6 +302,7 @@ class _Job:
         before = self.plan.nbytes - needed
         progress(before, self.plan.nbytes)
         for name, data in self.source.companions():
+            (self.directory / name).parent.mkdir(exist_ok=True)
             _write_bytes(self.directory / name, data)
 
         def wrote(nbytes: int) -> None:
@@ -300,7 +311,7 @@ class _Job:
 
         for file in todo:
             self._write(file, wrote)
-        self.source.require_unchanged()
+            self.source.require_unchanged()
         _write_json(self.directory / INDEX, self.plan.index)
         _write_json(self.directory / "config.json", self.plan.config)
 
@@ -334,12 +345,22 @@ class _Job:
     def _convert(self, out: int, work: RowBlock | VectorCopy) -> int:
         files = self.source.checkpoint.files
         if isinstance(work, VectorCopy):
-            write_at(out, convert_vector(files, work.source), work.offset)
+            write_at(out, convert_vector(files, work.name, work.source), work.offset)
         else:
-            parts = convert_rows(files, work.name, work.source, work.target, work.first, work.count)
+            used = None
+            if work.name.endswith(("embed_tokens", "lm_head")):
+                used = self._used_rows(work.name, work.source)
+            parts = convert_rows(
+                files, work.name, work.source, work.target, work.first, work.count, used
+            )
             for part, offset in zip(parts, work.offsets, strict=True):
                 write_at(out, part, offset)
         return work.nbytes
+
+    def _used_rows(self, name: str, source: StoredMatrix) -> int:
+        if name not in self._used:  # more than one thread may find out
+            self._used[name] = rows_in_use(self.source.checkpoint.files, source)
+        return self._used[name]
 
 
 def _write_bytes(path: Path, data: bytes) -> None:

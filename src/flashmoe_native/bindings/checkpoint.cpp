@@ -30,6 +30,14 @@ std::vector<Extent> to_extents(const Extents& array) {
   return result;
 }
 
+// A path's bytes: its text need not be UTF-8.
+std::string to_path(nb::handle path) {
+  PyObject* encoded = nullptr;
+  if (!PyUnicode_FSConverter(path.ptr(), &encoded)) throw nb::python_error();
+  const nb::bytes bytes = nb::steal<nb::bytes>(encoded);
+  return {static_cast<const char*>(bytes.data()), bytes.size()};
+}
+
 int64_t total_length(const std::vector<Extent>& extents) {
   int64_t total = 0;
   for (const Extent& extent : extents) total += extent.length;
@@ -148,7 +156,7 @@ void bind_checkpoint(nb::module_& m) {
           "__init__",
           [](CheckpointSpec* self, const nb::sequence& files) {
             std::vector<std::string> paths;
-            for (nb::handle file : files) paths.emplace_back(nb::cast<const char*>(file));
+            for (nb::handle file : files) paths.push_back(to_path(file));
             new (self) CheckpointSpec{std::move(paths), {}, {}, {}};
           },
           "files"_a)

@@ -310,7 +310,9 @@ nb::list layer_times(Engine& engine) {
 void raise(const void* name, const char* message) {
   const nb::object type =
       nb::module_::import_("flashmoe.errors").attr(static_cast<const char*>(name));
-  PyErr_SetString(type.ptr(), message);
+  // It may name a path, which need not be UTF-8.
+  const nb::object text = nb::steal(PyUnicode_DecodeFSDefault(message));
+  if (text.is_valid()) PyErr_SetObject(type.ptr(), text.ptr());
 }
 
 template <typename Exception>

@@ -70,9 +70,9 @@ bool File::open_direct() {
   if (direct_ >= 0) return true;
 #if defined(O_DIRECT)
   direct_ = open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);
-  // Some file systems take the flag and then refuse to read.
+  // Some file systems take the flag and then refuse to read, each with its own word for it.
   alignas(kDirectUnit) std::byte unit[kDirectUnit];
-  if (direct_ >= 0 && pread(direct_, unit, sizeof unit, 0) < 0 && errno == EINVAL) {
+  if (direct_ >= 0 && pread(direct_, unit, sizeof unit, 0) < 0 && errno != EINTR) {
     close(direct_);
     direct_ = -1;
   }
@@ -111,14 +111,19 @@ void File::forget([[maybe_unused]] int64_t offset, [[maybe_unused]] int64_t leng
 void File::read_direct(int64_t offset, int64_t length, std::byte* to) const {
   const int64_t whole = (length + kDirectUnit - 1) / kDirectUnit * kDirectUnit;
   int64_t done = 0;
+  int fd = direct_;
   while (done < length) {
-    const ssize_t got = pread(direct_, to + done, static_cast<size_t>(whole - done), offset + done);
+    const ssize_t got = pread(fd, to + done, static_cast<size_t>(whole - done), offset + done);
     if (got > 0) {
       done += got;
       // What is not a whole unit is the end of the file.
-      if (done < length && done % kDirectUnit != 0) fail_short(direct_, offset, length, done);
+      if (fd == direct_ && done < length && done % kDirectUnit != 0) {
+        fail_short(fd, offset, length, done);
+      }
     } else if (got == 0) {
-      fail_short(direct_, offset, length, done);
+      fail_short(fd, offset, length, done);
+    } else if (fd == direct_ && (errno == EINVAL || errno == ENOTSUP)) {
+      fd = fd_;  // a file system that reads some of its files directly
     } else if (errno != EINTR) {
       throw ReadError(describe(path_, offset, length) + ": " + std::strerror(errno));
     }
