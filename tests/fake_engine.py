@@ -23,7 +23,8 @@ from flashmoe.checkpoint.metadata import Metadata
 from flashmoe.checkpoint.open import Checkpoint
 from flashmoe.errors import StateError, StoppedError
 from flashmoe.generate import model as model_module
-from flashmoe.generate.engine import Engine, Setting
+from flashmoe.generate.engine import Engine
+from flashmoe.generate.setting import Setting
 
 CONFIG: dict[str, Any] = {
     "model_type": "qwen3_5_moe_text",

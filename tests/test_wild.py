@@ -333,7 +333,8 @@ def test_an_error_of_the_native_core_may_name_a_path_that_is_not_utf8(copy, tmp_
     _ = opened.native
     shutil.rmtree(odd)
     with pytest.raises(flashmoe.ReadError, match=r"-\\udce8"):
-        from flashmoe.generate.engine import Setting, open_engine  # noqa: PLC0415
+        from flashmoe.generate.engine import open_engine  # noqa: PLC0415
+        from flashmoe.generate.setting import Setting  # noqa: PLC0415
 
         open_engine(opened, Setting(4, "cpu", "int8", 1, 0, 128), None)
 

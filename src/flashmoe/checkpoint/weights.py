@@ -307,9 +307,9 @@ class WeightFinder:
     def _find_convention(self) -> bool:
         """Whether norms and convolutions are MLX's: conv1d is [C, kernel, 1] and the norms have
         had 1 added (mlx-lm's `sanitize` does both or neither, and so does pack)."""
-        for name, tensor in self._tensors.items():
+        for name in sorted(self._tensors):  # in one order, whatever the files list them in
             if name.endswith("linear_attn.conv1d.weight"):
-                return tensor.shape[-1:] == (1,)
+                return self._tensors[name].shape[-1:] == (1,)
         # Attention alone: only MLX and pack spell names so.
         return self._prefix == "language_model.model." or any(
             ".switch_mlp." in name for name in self._tensors

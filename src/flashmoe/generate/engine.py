@@ -7,7 +7,6 @@ import functools
 import importlib.resources
 import logging
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from flashmoe.checkpoint.open import Checkpoint
 from flashmoe.errors import ArgumentError, DeviceError
+from flashmoe.generate.setting import Setting, backends_for
 from flashmoe.machine import probe
 
 if TYPE_CHECKING:
@@ -24,21 +24,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("flashmoe")
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How an engine computes, as `Model` takes it, every value decided."""
-
-    experts_per_token: int
-    backend: str
-    precision: str
-    threads: int
-    cache_bytes: int
-    chunk: int
-    overlap: bool = False
-    reserve: int = 0
-    """Bytes of memory to leave to others: where they are reached the cache does not grow."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,16 +56,6 @@ def open_engine(checkpoint: Checkpoint, setting: Setting, progress: Progress | N
         except DeviceError as error:
             log.warning('%s; going on with backend="cpu"', error)
     return Engine(_load(checkpoint, setting, names[-1], progress), checkpoint, setting)
-
-
-def backends_for(choice: str) -> list[str]:
-    """What `backend` stands for, to be tried in turn."""
-    from flashmoe import _native  # noqa: PLC0415
-
-    if choice != "auto":
-        return [choice]
-    on_mac = sys.platform == "darwin" and "metal" in _native.backends()
-    return ["metal", "cpu"] if on_mac else ["cpu"]
 
 
 @functools.cache

@@ -9,7 +9,6 @@ import os
 import time
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,30 +18,36 @@ import numpy.typing as npt
 from flashmoe.checkpoint.config import ExpertsPerToken, ModelConfig
 from flashmoe.checkpoint.open import Checkpoint
 from flashmoe.checkpoint.template import ChatTemplate, Message
-from flashmoe.errors import ArgumentError, CheckpointError, ContextError, StateError
+from flashmoe.errors import ArgumentError, ContextError, StateError
 from flashmoe.generate.answer import Token
 from flashmoe.generate.background import AsyncChat, Background
 from flashmoe.generate.chat import Chat, Turn
 from flashmoe.generate.constraint import Constraint, constraint_of
 from flashmoe.generate.conversations import Conversations
 from flashmoe.generate.dialect import Dialect
-from flashmoe.generate.engine import Progress, Setting, backends_for, open_engine
+from flashmoe.generate.engine import Progress, open_engine
+from flashmoe.generate.options import (
+    check_choice,
+    check_count,
+    ends_of,
+    ids_of,
+    sampling_of,
+    stream_of,
+    variables_of,
+)
 from flashmoe.generate.parse import AnswerParser
 from flashmoe.generate.processors import LogitsProcessor
 from flashmoe.generate.prompt import Prompt, Prompts
 from flashmoe.generate.sampling import Sampler, Sampling
 from flashmoe.generate.scheduler import Scheduler
+from flashmoe.generate.setting import decide
 from flashmoe.generate.state import State
 from flashmoe.generate.stats import Meter, Stats
 from flashmoe.generate.steps import Tokens, Work
-from flashmoe.generate.text import TextStream
 from flashmoe.generate.tools import ToolSpec, chosen, tools_of
 from flashmoe.machine import probe
 from flashmoe.machine.budget import (
-    check_room,
-    default_cache,
     parse_bytes,
-    prompt_chunk,
 )
 
 if TYPE_CHECKING:
@@ -102,10 +107,10 @@ class Model:
         overlap: bool = False,
         progress: Progress | None = None,
     ) -> None:
-        _check_choice("backend", backend, BACKENDS)
-        _check_choice("precision", precision, PRECISIONS)
-        _check_count("threads", threads, 1, MAX_THREADS)
-        _check_count("context", context, 1)
+        check_choice("backend", backend, BACKENDS)
+        check_choice("precision", precision, PRECISIONS)
+        check_count("threads", threads, 1, MAX_THREADS)
+        check_count("context", context, 1)
         # More than 2^62 bytes would overflow the native core, and hold no more experts.
         cache_bytes = None if cache is None else min(parse_bytes(cache), 1 << 62)
 
@@ -115,58 +120,43 @@ class Model:
         if context is not None and context > limit:
             raise ArgumentError(f"context is {context}; the model's own limit is {limit}")
         self.context = context or limit
-        experts = config.experts_in_force(experts_per_token)
-        threads = threads or probe.physical_cores()
-        available = probe.available_memory()
-        ask = partial(
-            checkpoint.needs,
-            experts,
-            backend=backends_for(backend)[0],
-            precision=precision,
-            threads=threads,
-        )
-        # A context that is asked for is meant to be used: its keys and values have their place.
-        keys = 0 if context is None else context * ask()["token"]
         try:
-            if cache_bytes is None:
-                cache_bytes = default_cache(ask, available - keys)
-            planned = check_room(ask, cache_bytes, available, keys)
+            self.setting = decide(
+                checkpoint,
+                experts_per_token=experts_per_token,
+                backend=backend,
+                precision=precision,
+                threads=threads,
+                cache=cache_bytes,
+                context=context,
+                overlap=overlap,
+            )
         except ArgumentError as error:
             raise ArgumentError(f"{error}{_also_open()}") from None
-        self.sampling = self._default_sampling()
-        self.setting = Setting(
-            experts_per_token=experts,
-            backend=backend,
-            precision=precision,
-            threads=threads,
-            cache_bytes=cache_bytes,
-            chunk=prompt_chunk(ask, available),
-            overlap=overlap,
-            # Half of what was not planned for: two programs do not plan the same memory.
-            reserve=max(min(available * 15 // 100, (available - planned) // 2), _LEAST_RESERVE),
-        )
+        self.sampling = sampling_of(checkpoint)
         self._engine = open_engine(checkpoint, self.setting, progress)
         self._native = self._engine.native
         self._scheduler = Scheduler(self._native, self.setting.chunk)
         self._prompts = Prompts(checkpoint)
         self._conversations = Conversations(
-            available // 10 if conversations is None else parse_bytes(conversations)
+            probe.available_memory() // 10 if conversations is None else parse_bytes(conversations)
         )
         self._closed = False
         _open_models.add(self)
         self.backend = self._native.backend
         self._totals: Mapping[str, float] = self._native.stats()
         self._meter = Meter(self._totals)
+        cache = self.setting.cache_bytes
         log.info(
             "%s: %d of %d experts per token (the model's own number is %d), %s, %s, %d threads, %s",
             self.source,
-            experts,
+            self.experts_per_token,
             config.num_experts,
             config.num_experts_per_tok,
             self.backend,
             precision,
             self.threads,
-            f"{cache_bytes / 1e9:.2f} GB for experts" if cache_bytes else "page cache for experts",
+            f"{cache / 1e9:.2f} GB for experts" if cache else "page cache for experts",
         )
 
     def __enter__(self) -> Model:
@@ -301,9 +291,9 @@ class Model:
             repetition_penalty=repetition_penalty,
             presence_penalty=presence_penalty,
         )
-        _check_count("max_tokens", max_tokens, 0)
-        _check_count("logprobs", logprobs, 0)
-        ids = self._encode(prompt)
+        check_count("max_tokens", max_tokens, 0)
+        check_count("logprobs", logprobs, 0)
+        ids = ids_of(self.checkpoint, prompt)
         self._check_open()
         before: list[int] = []
         if state is not None:
@@ -320,10 +310,10 @@ class Model:
             begin=begin,
             meter=self._new_meter,
             sampler=Sampler(sampling, seed, (*before, *ids), processors=tuple(processors)),
-            stream=self._text_stream(stop),
+            stream=stream_of(self.checkpoint, stop),
             max_tokens=max_tokens,
             context=self.context,
-            eos=self._eos(eos, ignore_eos),
+            eos=ends_of(self.checkpoint, eos, ignored=ignore_eos),
             progress=progress,
             logprobs=logprobs,
         )
@@ -397,7 +387,7 @@ class Model:
         prompt = self._prompts.make(
             messages,
             tools_of(tools),
-            _variables(variables, think),
+            variables_of(variables, think),
             continues=continue_final,
             begun=() if state is None else state._tokens,
         )
@@ -441,7 +431,7 @@ class Model:
         """
         names = [field.name for field in dataclasses.fields(Sampling)]
         sampling = self.sampling.override(**{name: options.pop(name, None) for name in names})
-        ids = self._encode(prompt)
+        ids = ids_of(self.checkpoint, prompt)
         self._check_open()
         self._check_room(None, ids)
         text = prompt if isinstance(prompt, str) else ""
@@ -466,9 +456,9 @@ class Model:
         progress: Progress | None = None,
     ) -> Chat:
         """The answer to a prompt: see `chat`, whose options these are."""
-        _check_count("max_tokens", max_tokens, 0)
-        _check_count("logprobs", logprobs, 0)
-        stream = self._text_stream(stop)
+        check_count("max_tokens", max_tokens, 0)
+        check_count("logprobs", logprobs, 0)
+        stream = stream_of(self.checkpoint, stop)
         turn = Turn(
             self._engine,
             self._conversations,
@@ -487,7 +477,7 @@ class Model:
             stream=stream,
             max_tokens=max_tokens,
             context=self.context,
-            eos=self._eos(eos, ignore_eos),
+            eos=ends_of(self.checkpoint, eos, ignored=ignore_eos),
             progress=progress,
             logprobs=logprobs,
             marks=prompt.marks,
@@ -516,7 +506,7 @@ class Model:
         continue_final: bool = False,
     ) -> list[int]:
         """The ids that `chat` reads for a conversation, its arguments being these."""
-        given = _variables(variables, think)
+        given = variables_of(variables, think)
         return self._prompts.make(messages, tools_of(tools), given, continues=continue_final).ids
 
     def render(
@@ -550,7 +540,7 @@ class Model:
         Raises:
             ArgumentError, StateError, ReadError: as `generate`.
         """
-        ids = self._encode(ids)
+        ids = ids_of(self.checkpoint, ids)
         if not ids:
             raise ArgumentError("ids are empty; give at least one token")
         state = self.new_state() if state is None else state
@@ -576,7 +566,7 @@ class Model:
         Raises:
             ArgumentError, StateError, ReadError: as `generate`.
         """
-        ids = self._encode(ids)
+        ids = ids_of(self.checkpoint, ids)
         if not ids:
             raise ArgumentError("ids are empty; give at least one token")
         self._check_fits(0, ids)
@@ -622,50 +612,6 @@ class Model:
                 self.context,
             )
 
-    def _encode(self, prompt: str | Iterable[int]) -> list[int]:
-        if isinstance(prompt, str):
-            return self.checkpoint.encode(prompt)
-        vocab = self.config.vocab_size
-        if not isinstance(prompt, Iterable) or isinstance(prompt, (bytes, bytearray)):
-            raise ArgumentError(f"a prompt is text or a sequence of ids; got {prompt!r}")
-        ids = [int(i) if isinstance(i, np.integer) else i for i in prompt]
-        for i in ids:
-            if type(i) is not int:
-                raise ArgumentError(f"a prompt is text or a sequence of ids; it holds {i!r}")
-            if not 0 <= i < vocab:
-                raise ArgumentError(f"token id {i} is not in the vocabulary of {vocab}")
-        return ids
-
-    def _eos(self, more: int | str | Iterable[int | str], ignored: bool) -> frozenset[int]:
-        """The tokens that end a sequence."""
-        ids = list(() if ignored else self.checkpoint.eos_token_ids)
-        for token in (more,) if isinstance(more, (int, str)) else more:
-            found = self.checkpoint.tokenizer.id_of(token) if isinstance(token, str) else token
-            if type(found) is not int or not 0 <= found < self.config.vocab_size:
-                raise ArgumentError(
-                    f"eos names tokens of the model, by id or as they are written; got {token!r}"
-                )
-            ids.append(found)
-        return frozenset(ids)
-
-    def _text_stream(self, stop: str | Iterable[str] | None) -> TextStream | None:
-        """None for a checkpoint without a tokenizer, which runs on ids and gives no text."""
-        if stop is None and not self.checkpoint.has_tokenizer:
-            return None
-        return TextStream(self.checkpoint.tokenizer, stop)
-
-    def _default_sampling(self) -> Sampling:
-        try:
-            return Sampling.from_generation_config(self.checkpoint.metadata.generation)
-        except ArgumentError as error:
-            path = self.directory / "generation_config.json"
-            raise CheckpointError(f"{path}: {error}") from error
-
-
-def _variables(given: Mapping[str, Any] | None, think: bool | None) -> dict[str, Any]:
-    """A template's variables, with the family's word for thinking."""
-    return dict(given or {}) | ({} if think is None else {"enable_thinking": think})
-
 
 def _also_open() -> str:
     """What to say of models that this process has open, where another finds no room."""
@@ -673,17 +619,3 @@ def _also_open() -> str:
     if not sources:
         return ""
     return f"; this process has {', '.join(sources)} open: close() what is not needed first"
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ArgumentError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
-
-
-def _check_count(name: str, value: int | None, least: int, most: int | None = None) -> None:
-    if value is None:
-        return
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if not whole or value < least or (most is not None and value > most):
-        limits = f"at least {least}" + ("" if most is None else f", at most {most}")
-        raise ArgumentError(f"{name} must be None or a whole number, {limits}; got {value!r}")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flashmoe.generate.engine import Setting
+from flashmoe.generate.setting import Setting
 from flashmoe.machine import probe
 
 
