@@ -20,7 +20,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "reference": ("torch", "transformers", "mlx", "mlx_lm"),
     "metal": ("clang", "cmake", "ninja", "nanobind", "ziglang"),
     "cross": ("cmake", "ninja", "nanobind", "ziglang"),
-    "clients": (),
+    "clients": ("starlette", "uvicorn", "openai", "anthropic", "langchain_openai"),
     "campaign": (),
 }
 """The folders beside the fast layer and the modules that the extra of that name brings."""

@@ -133,6 +133,10 @@ def test_one_call_at_a_time_where_that_is_wanted(checkpoint: Checkpoint) -> None
         assert ("Ċ" in allowed(found, checkpoint)) == many
         assert "<|im_end|>" in allowed(found, checkpoint)
         assert found.finished != many
+        free = constrain(checkpoint, tools=TOOLS, parallel_tool_calls=many)
+        say(free, checkpoint, "Well:\n<tool_call>\n<function=now>\n</function>\n</tool_call>\n")
+        assert ("<tool_call>" in allowed(free, checkpoint)) == many
+        assert "<|im_end|>" in allowed(free, checkpoint)
 
 
 @pytest.mark.parametrize("dialect", [XML, HERMES], ids=["xml", "hermes"])
@@ -153,6 +157,13 @@ def test_a_call_in_free_text_is_constrained_from_its_opening(
     say(found, checkpoint, "\n<tool_call>")
     assert allowed(found, checkpoint) == ["Ċ"]
     assert not found.finished
+
+
+def test_a_text_of_any_least_length_may_be_asked_for(checkpoint: Checkpoint) -> None:
+    """One that would take the library hours is only as long as it can count."""
+    schema = {"type": "object", "properties": {"a": {"type": "string", "minLength": 10**9}}}
+    found = constrain(checkpoint, tools=tools_of([{"name": "f", "parameters": schema}]))
+    say(found, checkpoint, "<tool_call>\n<function=f>\n<parameter=a>\nb")
 
 
 def test_none_forbids_the_opening(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from flashmoe.cli.main import app
 from flashmoe.errors import DeviceError
 from flashmoe.machine import probe
 from flashmoe.measure import doctor, kernels
+from flashmoe.measure.specialised import needed
 
 
 def _backend() -> Any:
@@ -51,11 +52,12 @@ def test_every_kernel_agrees_with_numpy_and_none_is_checked_twice() -> None:
     ("operation", "named"),
     [
         ("matmul", "product"),
-        ("experts", "experts"),
+        ("experts", "expert"),
         ("gated_delta", "gated delta"),
         ("causal_conv", "convolution"),
         ("attention", "attention"),
         ("route", "route"),
+        ("all_finite", "finite"),
         ("rms_norm", "norm"),
         ("combine", "combine"),
         ("embed", "embed"),
@@ -114,6 +116,46 @@ def test_what_is_wrong_is_said_last_with_exit_code_1(monkeypatch: pytest.MonkeyP
     assert any(line.startswith("WRONG: cpu: product") for line in wrong)
     assert "demo model" in wrong[-1]
     assert "no room for a file" not in result.stdout
+
+
+class Gpu:
+    """The CPU as a GPU that compiled all that is needed but one kernel."""
+
+    def __init__(self, _: str) -> None:
+        self.right = _backend()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.right, name)
+
+    def describe(self) -> dict[str, str]:
+        return {"device": "a GPU"}
+
+    def compiled(self) -> list[str]:
+        return sorted(needed() - {"rms_norm"})
+
+
+def test_a_kernel_that_models_need_and_that_never_ran_is_wrong(monkeypatch) -> None:
+    monkeypatch.setattr(doctor, "_open", Gpu)
+    monkeypatch.setattr(kernels, "cases", lambda *_: iter(()))
+    monkeypatch.setattr(kernels, "copy_rate", lambda *_: 1e9)
+    result = _run()
+    assert result.exit_code == 1
+    assert "MISSING 1 that the published models need" in result.stdout
+    assert result.stdout.rstrip().endswith("WRONG: cpu: not compiled: rms_norm")
+
+
+def test_kernels_are_needed_in_each_format_and_for_few_and_many_rows() -> None:
+    found = needed()
+    for bits in (2, 4, 8):
+        stored = f"bits {bits}, group 64, dtype BF16"
+        for quads in (1, 2):
+            for kernel in ("matvec", "experts_down"):
+                assert f"{kernel}, {stored}, quads {quads}" in found
+        assert {
+            f"{kernel}, {stored}" for kernel in ("embed", "matmul", "experts_down_tiles")
+        } < found
+    for kernel in ("append", "split", "merge"):
+        assert {f"attention_{kernel}", f"attention_{kernel}, cache dtype BF16"} < found
 
 
 def test_a_backend_that_does_not_open_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,6 +106,11 @@ def test_threads_and_a_long_context_take_no_more_than_that(find, threads: int) -
     assert needs["scratch"] / 4 < taken <= 1.5 * needs["scratch"]
 
 
+def test_what_the_cpu_works_in_does_not_grow_with_the_context(find) -> None:
+    ask = partial(Checkpoint.open(find("base")).needs, 4, threads=16, chunk=2048)
+    assert ask(context=1 << 18)["scratch"] == ask(context=1 << 20)["scratch"]
+
+
 def test_nothing_needs_to_be_here(find) -> None:
     opened = Checkpoint.open(find("mlx-2"))
     there = opened.needs(2, cache_bytes=CACHE)

@@ -502,6 +502,16 @@ def test_attention_does_not_depend_on_batching_or_threads(isa, sizes, dtype):
     np.testing.assert_array_equal(inputs["values"], pieces["values"])
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_attention_to_a_long_context_does_not_depend_on_threads(n):
+    """Longer than what threads take in one round of keys, for which they have memory."""
+    rope = {"rotary_dim": 8, "rope_theta": 1e6, "eps": 1e-6}
+    inputs = attention_inputs(n, 6, 2, 8, "F32", 30000)
+    whole = backend(threads=1).attention(**inputs, **rope)
+    for threads in (2, 3):
+        np.testing.assert_array_equal(whole, backend(threads=threads).attention(**inputs, **rope))
+
+
 def test_unknown_instruction_set_is_refused(monkeypatch):
     monkeypatch.setenv("FLASHMOE_ISA", "pentium")
     with pytest.raises(ValueError, match=r"pentium.*portable"):

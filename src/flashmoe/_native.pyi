@@ -207,3 +207,5 @@ def dequantize(
 
 ops: Any
 """A backend's operations on numpy arrays: for tests, benchmarks and `flashmoe doctor`."""
+GpuPlans: Any
+"""What a GPU is asked to run, planned and not run: for tests, benchmarks and `flashmoe doctor`."""

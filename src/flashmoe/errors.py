@@ -52,5 +52,19 @@ class StateError(FlashMoeError, RuntimeError):
     """A model or state is closed, full, or in use."""
 
 
+class ContextError(StateError):
+    """A prompt is longer than the context.
+
+    Attributes:
+        tokens: that the prompt has.
+        context: tokens that a sequence may have.
+    """
+
+    def __init__(self, message: str, tokens: int, context: int) -> None:
+        super().__init__(message)
+        self.tokens = tokens
+        self.context = context
+
+
 class StoppedError(FlashMoeError):
     """A pass ended early because its request was cancelled. Never leaves the package."""

@@ -126,9 +126,16 @@ class Simulator:
         """
         return self._python(code, arguments, settings or {}, site).stdout
 
-    def trace(self, code: str, *arguments: str, site: Path | None = None) -> list[str]:
+    def trace(
+        self,
+        code: str,
+        *arguments: str,
+        settings: Mapping[str, object] | None = None,
+        site: Path | None = None,
+    ) -> list[str]:
         """As python(), but the lines on stderr, those of the simulator's trace among them."""
-        return self._python(code, arguments, {"TRACE": 1}, site).stderr.splitlines()
+        settings = {"TRACE": 1, **(settings or {})}
+        return self._python(code, arguments, settings, site).stderr.splitlines()
 
     def _python(
         self,

@@ -6,6 +6,10 @@ from typing import Any
 import pytest
 from metal_simulator import Simulator
 
+from flashmoe.checkpoint.open import Checkpoint
+from flashmoe.measure.family import Published
+from flashmoe.measure.specialised import needed, plans_of
+
 DOCTOR = """
 from flashmoe.cli.main import app
 try:
@@ -34,6 +38,32 @@ def test_every_kernel_and_the_demo_model_are_right(report: Any) -> None:
     assert [c["name"] for c in metal["checks"]] == [c["name"] for c in cpu["checks"]]
     assert all(c["error"] is not None and c["seconds"] > 0 for c in metal["checks"])
     assert metal["demo"]["same_tokens"]
+
+
+def test_all_kernels_that_published_models_need_are_compiled_and_run(report: Any) -> None:
+    cpu, metal = report["backends"]
+    assert (metal["missing"], cpu["compiled"]) == ([], [])
+    assert needed() < set(metal["compiled"])
+
+
+def test_what_a_model_runs_is_what_was_planned_for_it(simulator: Simulator) -> None:
+    """The demo model's formats are those of the published ones."""
+    code = """
+import sys
+from pathlib import Path
+from engines import TestEngine, random_ids
+for precision in ("float32", "int8"):
+    engine = TestEngine(Path(sys.argv[1]), backend="metal", precision=precision, overlap=True)
+    state = engine.native.new_state()
+    for count in (140, 4, 1):
+        engine.logits(random_ids(6000, count), state)
+"""
+    demo = simulator.site / "flashmoe" / "demo_model"
+    lines = simulator.trace(code, str(demo))
+    found = {line.removeprefix("pipeline ") for line in lines if line.startswith("pipeline ")}
+    planned = plans_of(Published("", Checkpoint.open(demo).config))
+    assert len(found) > 15
+    assert found <= {" ".join(map(str, (plan.kernel, *plan.constants))) for plan in planned}
 
 
 def test_the_device_and_all_that_its_compiler_said_are_reported(report: Any) -> None:

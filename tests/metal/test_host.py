@@ -6,7 +6,9 @@
 - Each check rejects faults planted for it.
 """
 
+import ast
 import json
+import mmap
 import re
 import shutil
 import subprocess
@@ -18,6 +20,7 @@ import numpy as np
 import pytest
 from engines import TestEngine, random_ids, spread
 from metal_simulator import HOST, ROOT, FailedError, Simulator
+from test_page_cache import cached, forget
 
 import flashmoe
 
@@ -264,6 +267,35 @@ def test_shapes_without_a_kernel_are_named(simulator: Simulator, checkpoint: Get
     assert 'no kernel for attention heads of 48; use backend="cpu"' in answer
 
 
+def test_shapes_are_refused_before_a_weight_is_read(simulator: Simulator) -> None:
+    code = """
+import dataclasses
+from engines import DEMO
+from flashmoe import _native
+from flashmoe.checkpoint.open import Checkpoint
+from flashmoe.errors import DeviceError
+from flashmoe.generate.engine import kernel_sources
+checkpoint = Checkpoint.open(DEMO)
+for name, value in (("linear_conv_kernel_dim", 9), ("linear_key_head_dim", 130),
+                    ("linear_value_head_dim", 264), ("head_dim", 80), ("experts_per_token", 33)):
+    config = checkpoint.native_config(4) | {name: value}
+    try:
+        _native.Engine(config, checkpoint.native, backend="metal", kernels=str(kernel_sources()))
+    except DeviceError as error:
+        print(error)
+"""
+    assert simulator.python(code).splitlines() == [
+        f'GPU: no kernel for {what}; use backend="cpu"'
+        for what in (
+            "convolutions of 9 taps",
+            "GatedDeltaNet heads of 130 by 64",
+            "GatedDeltaNet heads of 64 by 264",
+            "attention heads of 80",
+            "routing to 33 of 48 experts",
+        )
+    ]
+
+
 def test_auto_falls_back_to_the_cpu_with_a_warning(simulator: Simulator) -> None:
     code = """
 import sys; sys.platform = "darwin"
@@ -304,19 +336,53 @@ with flashmoe.Model("demo", backend="metal", precision="float32", threads=1) as 
     assert simulator.python(code).strip() == repr(text)
 
 
-def test_weights_that_lie_aligned_are_mapped_not_copied(
-    simulator: Simulator, tmp_path: Path
-) -> None:
-    for file in demo(simulator).iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    path = tmp_path / "model.safetensors"
+@pytest.fixture
+def aligned(simulator: Simulator, tmp_path: Path) -> Path:
+    """The demo model, but that its embedding and its head lie aligned in their file."""
+    directory = Path(shutil.copytree(demo(simulator), tmp_path / "aligned"))
+    path = directory / "model.safetensors"
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
-    tensors = json.loads(data[8 : 8 + length])
-    begin = tensors["language_model.lm_head.weight"]["data_offsets"][0]
-    pad = -(8 + length + begin) % 16
+    pad = -(8 + length + head_of(data)[0]) % 16
     head = (length + pad).to_bytes(8, "little") + data[8 : 8 + length] + b" " * pad
     path.write_bytes(head + data[8 + length :])
+    return directory
+
+
+def head_of(data: bytes) -> tuple[int, int]:
+    """Where the head's words lie behind the file's metadata."""
+    tensors = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    begin, end = tensors["language_model.lm_head.weight"]["data_offsets"]
+    return begin, end
+
+
+def test_mapped_weights_are_read_before_they_are_needed(
+    simulator: Simulator, aligned: Path
+) -> None:
+    file = aligned / "model.safetensors"
+    data = file.read_bytes()
+    begin, end = head_of(data)
+    place = 8 + int.from_bytes(data[:8], "little") + begin, end - begin
+    forget(file)
+    if cached(file, *place):
+        pytest.skip("this file system keeps what it was told to forget")
+    code = "import sys; from pathlib import Path; from engines import TestEngine\n"
+    simulator.python(code + "TestEngine(Path(sys.argv[1]), backend='metal')", str(aligned))
+    assert cached(file, *place) * mmap.PAGESIZE >= end - begin
+
+
+def test_a_mapping_that_no_buffer_can_be_had_for_is_given_back(
+    simulator: Simulator, aligned: Path
+) -> None:
+    mapped = 'print("model.safetensors" in Path("/proc/self/maps").read_text())'
+    answer = simulator.python(TRY + mapped, str(aligned), settings={"FAIL": "buffer"})
+    assert "no buffer over" in answer
+    assert answer.split()[-1] == "False"
+
+
+def test_weights_that_lie_aligned_are_mapped_not_copied(
+    simulator: Simulator, aligned: Path
+) -> None:
     code = """
 import sys
 from pathlib import Path
@@ -333,11 +399,11 @@ if len(sys.argv) > 2:
     except ReadError as error:
         print(str(error).count("it changed since it was opened"))
 """
-    assert simulator.python(code, str(tmp_path)).split() == ["True"]
+    assert simulator.python(code, str(aligned)).split() == ["True"]
     assert simulator.python(code, str(demo(simulator))).split() == ["False"]
     ids = random_ids(6000, 5)
-    assert spread(simulator.logits(tmp_path, ids), cpu_logits(tmp_path, ids)) <= 2e-3
-    assert simulator.python(code, str(tmp_path), "and truncate it").split() == ["True", "1"]
+    assert spread(simulator.logits(aligned, ids), cpu_logits(aligned, ids)) <= 2e-3
+    assert simulator.python(code, str(aligned), "and truncate it").split() == ["True", "1"]
 
 
 @pytest.mark.parametrize("settings", [{}, {"EAGER": 1, "SEED": 7}])
@@ -412,6 +478,23 @@ def test_slots_lie_in_pieces_that_the_gpu_allows(simulator: Simulator) -> None:
     assert spread(ours, cpu_logits(directory, ids)) <= 2e-3
 
 
+def test_slots_become_resident_as_they_are_used(simulator: Simulator) -> None:
+    code = """
+import sys
+from pathlib import Path
+from engines import TestEngine
+engine = TestEngine(Path(sys.argv[1]), backend="metal", cache_bytes=64 << 20)
+engine.logits([5])
+print("slots", int(engine.native.stats()["slot_bytes"]), file=sys.stderr)
+"""
+    lines = simulator.trace(code, str(demo(simulator)), settings={"MAX_BUFFER": 5 << 18})
+    told = [line.split() for line in lines]
+    (slots,) = (int(line[1]) for line in told if line[0] == "slots")
+    sizes = [int(line[1]) for line in told if line[0] == "resident"]
+    piece = max(sizes)  # no other buffer is as large
+    assert 0 < sizes.count(piece) * piece < slots / 2
+
+
 def test_memory_of_states_is_given_back(simulator: Simulator) -> None:
     code = """
 import sys
@@ -445,6 +528,22 @@ def test_half_precision_caches_cost_little(simulator: Simulator) -> None:
     exact = cpu_logits(directory, ids)
     # On average, for a router's near ties may fall the other way.
     assert 1e-4 < np.sqrt(np.mean((ours - exact) ** 2)) / exact.std() < 0.03
+
+
+def test_the_device_says_what_it_is_and_when_it_worked(simulator: Simulator) -> None:
+    code = """
+import numpy as np
+from flashmoe import _native
+from flashmoe.generate.engine import kernel_sources
+gpu = _native.ops.Backend("float32", 1, "metal", str(kernel_sources()))
+gpu.rms_norm(np.ones((1, 64), np.float32), np.ones(64, np.float32), 1e-6)
+times = gpu.times()
+print(0 < times["committed"] <= times["began"] < times["ended"] <= times["woken"])
+print(gpu.describe())
+"""
+    told, described = simulator.python(code, settings={"FAIL": "warn"}).splitlines()
+    assert told == "True"
+    assert {"device", "family", "maxBufferLength", "compiler"} <= set(ast.literal_eval(described))
 
 
 # ---- what the checks above are worth
@@ -515,9 +614,9 @@ MUTANTS = [
     ("metal/commands.mm", "    [encoder_.get() waitForFence:fence_.get()];\n", "", "no fence"),
     (
         "metal/commands.mm",
-        "[buffer.get() waitUntilCompleted];\n    if",
-        "if",
-        "not finite|never released",
+        "    [buffer.get() waitUntilCompleted];\n    times_",
+        "    times_",
+        "GPUStartTime: before it has run",
     ),
     ("metal/commands.mm", "  [encoder_.get() endEncoding];\n", "", "released before endEncoding"),
     ("metal/commands.mm", "::share([queue_", "::adopt([queue_", "a released object"),

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from flashmoe.cli import bench, chat, doctor, evaluate, generate, info, pack, verify
+from flashmoe.cli import bench, chat, doctor, evaluate, generate, info, pack, serve, verify
 from flashmoe.errors import ArgumentError, FlashMoeError
 
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE = 1, 2, 130, 141
@@ -109,6 +109,7 @@ def flashmoe(
 
 app.command("demo")(generate.demo)
 app.command("chat")(chat.chat)
+app.command("serve")(serve.serve)
 app.command("doctor")(doctor.doctor)
 app.command("generate")(generate.generate)
 app.command("pack")(pack.pack)

@@ -56,6 +56,7 @@ def _backend_lines(backend: BackendReport, cpu_kernels: str) -> list[str]:
     if backend.device:
         log = backend.device.get("compiler") or "nothing to say"
         lines += ["  compiler:", *(f"    {line}" for line in log.splitlines())]
+        lines.append(f"  {_kernels(backend)}")
     if backend.latency is not None:
         lines.append(
             f"  from commit to start {backend.latency.start * 1e6:.0f} us, from end to wake "
@@ -72,6 +73,13 @@ def _backend_lines(backend: BackendReport, cpu_kernels: str) -> list[str]:
     for name, prediction in backend.predictions.items():
         lines.append(f"  predicted for {name}: {prediction.tokens_per_second:.1f} tok/s of text")
     return lines
+
+
+def _kernels(backend: BackendReport) -> str:
+    found = f"{len(backend.compiled)} specialised kernels compiled"
+    if backend.missing:
+        return f"{found}; MISSING {len(backend.missing)} that the published models need"
+    return f"{found}, among them all that the published models need"
 
 
 def _check_line(check: Check, copy: float | None) -> str:
@@ -107,6 +115,7 @@ def _wrong(report: Report) -> list[str]:
             lines.append(f"WRONG: {backend.name}: {backend.error}")
             continue
         lines += [f"WRONG: {backend.name}: {c.name}" for c in backend.checks if not c.good]
+        lines += [f"WRONG: {backend.name}: not compiled: {kernel}" for kernel in backend.missing]
         if not backend.demo.good:
             lines.append(f"WRONG: {demo_line(backend)}")
     return lines

@@ -80,6 +80,7 @@ class Answer:
         hurried: whether it follows a structure that was brought to its end because few tokens were
             left: strings and lists may be shorter than the model would have made them.
         finish_reason: "stop", "length" (max_tokens or the context), "tool_calls" or "cancelled".
+        stop: the stop string that ended it, if one did.
         prompt_tokens: of the rendered conversation.
         cached_tokens: of these, those that were not computed again.
         generated_tokens: of the answer, its end-of-sequence token too.
@@ -91,6 +92,7 @@ class Answer:
     invalid_tool_calls: tuple[ToolCall, ...] = ()
     finish_reason: str = "stop"
     hurried: bool = False
+    stop: str | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
@@ -119,6 +121,7 @@ class Answer:
         finish_reason: str = "stop",
         *,
         hurried: bool = False,
+        stop: str | None = None,
         **counts: int,
     ) -> Answer:
         """All deltas of an answer, in their order, added up.
@@ -157,5 +160,6 @@ class Answer:
             tuple(invalid),
             finish_reason,
             hurried,
+            stop,
             **counts,
         )

@@ -17,6 +17,7 @@ from flashmoe.generate.prompt import Prompt, Prompts
 from flashmoe.generate.state import State
 from flashmoe.generate.stats import Meter
 from flashmoe.generate.steps import Tokens
+from flashmoe.generate.text import TextStream
 
 if TYPE_CHECKING:
     from flashmoe import _native
@@ -29,6 +30,7 @@ class Turn:
 
     Args:
         constraint: what the answer is held to, if anything.
+        stream: makes its text; None for a checkpoint without a tokenizer.
         given: a state that is to hold the conversation in the end, if any.
         new_meter: makes what counts a request.
     """
@@ -40,6 +42,7 @@ class Turn:
         prompts: Prompts,
         prompt: Prompt,
         constraint: Constraint | None,
+        stream: TextStream | None,
         given: State | None,
         new_meter: Callable[[], Meter],
     ) -> None:
@@ -48,12 +51,18 @@ class Turn:
         self._conversations = conversations
         self._prompts = prompts
         self._constraint = constraint
+        self._stream = stream
         self._given = given
         self._new_meter = new_meter
         self._found: Snapshot | None = None
         self._meter: Meter | None = None
         self._drawn: list[int] = []
         self._answer: Answer | None = None
+
+    def cached_tokens(self) -> int:
+        """How many tokens of the prompt are computed already, as it looks now."""
+        found = self._conversations.longest(self.prompt.ids)
+        return found.position if found else 0
 
     def state(self) -> State:
         """The state to compute with: the caller's, or one that begins where a snapshot is."""
@@ -98,11 +107,12 @@ class Turn:
             deltas,
             _REASONS.get(reason, reason or "cancelled"),
             hurried=self._constraint is not None and self._constraint.hurried,
+            stop=self._stream.stop if self._stream is not None else None,
             prompt_tokens=len(self.prompt.ids),
             cached_tokens=meter.cached_tokens if meter else 0,
             generated_tokens=meter.generated_tokens if meter else 0,
         )
-        if reason is not None:
+        if reason is not None and self.prompt.turns:
             drawn = self._drawn[:-1] if reason == "eos" else self._drawn
             self._prompts.remember(self.prompt, drawn, answer)
         self._answer = answer
@@ -135,6 +145,14 @@ class Chat(Iterator[Delta]):
     def prompt_ids(self) -> list[int]:
         """The ids of the conversation that is being answered."""
         return list(self._turn.prompt.ids)
+
+    @property
+    def cached_tokens(self) -> int:
+        """How many tokens of the prompt are computed already, as it looks before the first piece.
+
+        What it came to is the answer's `cached_tokens`.
+        """
+        return self._turn.cached_tokens()
 
     @property
     def answer(self) -> Answer:

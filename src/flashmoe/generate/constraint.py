@@ -9,7 +9,6 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -245,6 +244,7 @@ class Constraint:
         call: llguidance.LLMatcher | None = None,
         end_think: int | None = None,
         marks: Mapping[str, int],
+        many: bool = True,
     ) -> None:
         self.finished = self.hurried = False
         self._tokenizer = tokenizer
@@ -256,6 +256,7 @@ class Constraint:
         self._marks = marks
         self._structure = structure
         self._call = call
+        self._many = many  # whether another call may follow one in free text
         self._end_think = end_think  # while reasoning
         self._gap: list[int] = []
         self._matcher: llguidance.LLMatcher | None = None
@@ -335,7 +336,7 @@ class Constraint:
             else:
                 self._line.feed(self._stream.push(token))
 
-    @cached_property
+    @property
     def _banned(self) -> list[int]:
         if self._structure is not None:  # it is still to come
             return self._eos
@@ -353,6 +354,8 @@ class Constraint:
             self.finished = matcher.is_stopped()
         elif matcher.is_stopped():  # a call in free text
             self._matcher, self._line, self._look = None, Line(), math.inf
+            if not self._many:
+                self._call = None
 
 
 def constraint_of(
@@ -444,6 +447,7 @@ def constraint_of(
         call=call,
         end_think=end_think,
         marks=grammars.marks,
+        many=parallel_tool_calls,
     )
 
 

@@ -14,6 +14,9 @@ WHITESPACE = r"\n {0,24}| {1,2}"
 """What may stand between the tokens of JSON. Without a bound a weak model writes spaces for ever;
 with none at all it is kept from the form that it learnt, and loops too."""
 
+COUNTED = 10_000
+"""Characters that a text may be asked to have at least; each costs the library a state."""
+
 Writable = Callable[[Mapping[str, Any]], bool]
 """Whether the library can enforce a JSON schema."""
 
@@ -130,7 +133,7 @@ class ToolGrammar:
         least, most = schema.get("minLength"), schema.get("maxLength")
         if not isinstance(least, int) and not isinstance(most, int):
             return "TEXT"
-        least = max(least, 0) if isinstance(least, int) else 0
+        least = min(max(least, 0), COUNTED) if isinstance(least, int) else 0
         most = most if isinstance(most, int) else ""
         body = f'(/{_FREE}/ & /(?s:.){{{least},{most}}}/) "\\n</parameter>\\n"'
         return self._rule("TEXT", body)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import time
@@ -18,24 +19,24 @@ import numpy.typing as npt
 from flashmoe.checkpoint.config import ExpertsPerToken, ModelConfig
 from flashmoe.checkpoint.open import Checkpoint
 from flashmoe.checkpoint.template import ChatTemplate, Message
-from flashmoe.errors import ArgumentError, CheckpointError, StateError
+from flashmoe.errors import ArgumentError, CheckpointError, ContextError, StateError
 from flashmoe.generate.answer import Token
 from flashmoe.generate.background import AsyncChat, Background
 from flashmoe.generate.chat import Chat, Turn
-from flashmoe.generate.constraint import constraint_of
+from flashmoe.generate.constraint import Constraint, constraint_of
 from flashmoe.generate.conversations import Conversations
 from flashmoe.generate.dialect import Dialect
 from flashmoe.generate.engine import Progress, Setting, backends_for, open_engine
 from flashmoe.generate.parse import AnswerParser
 from flashmoe.generate.processors import LogitsProcessor
-from flashmoe.generate.prompt import Prompts
+from flashmoe.generate.prompt import Prompt, Prompts
 from flashmoe.generate.sampling import Sampler, Sampling
 from flashmoe.generate.scheduler import Scheduler
 from flashmoe.generate.state import State
 from flashmoe.generate.stats import Meter, Stats
 from flashmoe.generate.steps import Tokens, Work
 from flashmoe.generate.text import TextStream
-from flashmoe.generate.tools import chosen, tools_of
+from flashmoe.generate.tools import ToolSpec, chosen, tools_of
 from flashmoe.machine import probe
 from flashmoe.machine.budget import (
     check_room,
@@ -368,7 +369,7 @@ class Model:
             tools: that the model may call: JSON schemas, or Python functions.
             tool_choice: "auto"; "none"; "required", any of them must be called; or the one that
                 must be, by its name.
-            parallel_tool_calls: whether an answer that must call may call more than once.
+            parallel_tool_calls: whether an answer may call more than once.
             schema: the answer is JSON that follows this JSON schema.
             json_object: the answer is a JSON object.
             regex: the answer matches this regular expression, whole.
@@ -390,8 +391,6 @@ class Model:
             repetition_penalty=repetition_penalty,
             presence_penalty=presence_penalty,
         )
-        _check_count("max_tokens", max_tokens, 0)
-        _check_count("logprobs", logprobs, 0)
         self._check_open()
         if state is not None:
             self._check_own(state)
@@ -417,12 +416,66 @@ class Model:
             dialect=dialect,
             in_reasoning=prompt.in_reasoning,
         )
+        options: dict[str, Any] = {
+            "max_tokens": max_tokens,
+            "seed": seed,
+            "stop": stop,
+            "eos": eos,
+            "ignore_eos": ignore_eos,
+            "logprobs": logprobs,
+            "processors": processors,
+            "state": state,
+            "progress": progress,
+        }
+        return self._answer(prompt, sampling, dialect, offered, constraint, **options)
+
+    def complete(self, prompt: str | Sequence[int], **options: Any) -> Chat:
+        """Continues a prompt as `generate` does, piece by piece as `chat` answers a conversation.
+
+        What of the prompt was computed before is not computed again.
+
+        Args:
+            options: of `generate`, but no state.
+        Raises:
+            ArgumentError, StateError, ReadError: as `generate`.
+        """
+        names = [field.name for field in dataclasses.fields(Sampling)]
+        sampling = self.sampling.override(**{name: options.pop(name, None) for name in names})
+        ids = self._encode(prompt)
+        self._check_open()
+        self._check_room(None, ids)
+        text = prompt if isinstance(prompt, str) else ""
+        return self._answer(Prompt(text, ids), sampling, Dialect(), (), None, **options)
+
+    def _answer(
+        self,
+        prompt: Prompt,
+        sampling: Sampling,
+        dialect: Dialect,
+        offered: Sequence[ToolSpec],
+        constraint: Constraint | None,
+        *,
+        max_tokens: int | None = None,
+        seed: int | None = None,
+        stop: str | Iterable[str] | None = None,
+        eos: int | str | Iterable[int | str] = (),
+        ignore_eos: bool = False,
+        logprobs: int = 0,
+        processors: Sequence[LogitsProcessor] = (),
+        state: State | None = None,
+        progress: Progress | None = None,
+    ) -> Chat:
+        """The answer to a prompt: see `chat`, whose options these are."""
+        _check_count("max_tokens", max_tokens, 0)
+        _check_count("logprobs", logprobs, 0)
+        stream = self._text_stream(stop)
         turn = Turn(
             self._engine,
             self._conversations,
             self._prompts,
             prompt,
             constraint,
+            stream,
             state,
             self._new_meter,
         )
@@ -431,7 +484,7 @@ class Model:
             begin=turn.begin,
             meter=turn.meter,
             sampler=Sampler(sampling, seed, prompt.ids, constraint, tuple(processors)),
-            stream=self._text_stream(stop),
+            stream=stream,
             max_tokens=max_tokens,
             context=self.context,
             eos=self._eos(eos, ignore_eos),
@@ -478,6 +531,11 @@ class Model:
         return self._prompts.template(tools).render(
             messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables
         )
+
+    @property
+    def conversations(self) -> Conversations:
+        """What is kept of conversations, for `chat` and `complete` to go on from."""
+        return self._conversations
 
     @property
     def chat_template(self) -> ChatTemplate | None:
@@ -557,9 +615,11 @@ class Model:
     def _check_fits(self, before: int, ids: list[int]) -> None:
         """Whether the context holds a prompt behind so many tokens."""
         if before + len(ids) > self.context:
-            raise StateError(
+            raise ContextError(
                 f"the context holds {self.context} tokens; {before} before and a prompt of "
-                f"{len(ids)} are more; shorten the prompt or open the model with a larger context"
+                f"{len(ids)} are more; shorten the prompt or open the model with a larger context",
+                before + len(ids),
+                self.context,
             )
 
     def _encode(self, prompt: str | Iterable[int]) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -56,3 +56,34 @@ def process(processors: Sequence[LogitsProcessor], ids: Sequence[int], logits: F
                 "at least one token that is not -inf, and no NaN"
             )
     return logits
+
+
+class FrequencyPenalty:
+    """Subtracts `penalty` from a token's logit for each time that it was generated."""
+
+    def __init__(self, penalty: float) -> None:
+        self._penalty = penalty
+        self._counts: dict[int, int] = {}
+        self._seen: int | None = None
+
+    def __call__(self, ids: Sequence[int], logits: Floats) -> Floats:
+        seen = len(ids) if self._seen is None else self._seen  # at first, of the prompt
+        for token in ids[seen:]:
+            self._counts[token] = self._counts.get(token, 0) + 1
+        self._seen = len(ids)
+        if self._counts:
+            counts = np.fromiter(self._counts.values(), np.float32, len(self._counts))
+            logits[list(self._counts)] -= np.float32(self._penalty) * counts
+        return logits
+
+
+class LogitBias:
+    """Adds to the logits of tokens what `biases` has for them; -100 leaves hardly a chance."""
+
+    def __init__(self, biases: Mapping[int, float]) -> None:
+        self._ids = list(biases)
+        self._biases = np.fromiter(biases.values(), np.float32, len(biases))
+
+    def __call__(self, ids: Sequence[int], logits: Floats) -> Floats:
+        logits[self._ids] += self._biases
+        return logits

@@ -13,7 +13,7 @@ import json
 import re
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Generic, TypeVar
 
@@ -46,17 +46,18 @@ class Prompt:
         marks: positions within them at which a later prompt may part from this one.
         places: those of the marks that the conversation will come back to most likely.
         in_reasoning: whether the answer begins within reasoning.
+        turns: of the conversation; none where the prompt is a text to be continued.
     """
 
     text: str
     ids: list[int]
-    marks: tuple[int, ...]
-    places: frozenset[int]
-    in_reasoning: bool
-    turns: Sequence[dict[str, Any]]
-    tools: Sequence[ToolSpec]
-    variables: Mapping[str, Any]
-    continues: bool
+    marks: tuple[int, ...] = ()
+    places: frozenset[int] = frozenset()
+    in_reasoning: bool = False
+    turns: Sequence[dict[str, Any]] = ()
+    tools: Sequence[ToolSpec] = ()
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    continues: bool = False
 
 
 class Prompts:

@@ -24,6 +24,9 @@ class TextStream:
 
     The pieces add up to `tokenizer.decode(ids)`, cut before the first stop string. Bytes of an
     unfinished UTF-8 character are held back, and so is text that may be the start of a stop string.
+
+    Attributes:
+        stop: the stop string that was met; None before that.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: str | Iterable[str] | None = None) -> None:
@@ -41,10 +44,15 @@ class TextStream:
         self._held = ""
         self._shown: list[bool] = []
         """Of each character that is held whether it is text, and not of a special token."""
-        self.stopped = False
+        self.stop: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was met, behind which nothing is given."""
+        return self.stop is not None
 
     def push(self, token: int) -> str:
-        """The text that became final with this token; `stopped` turns True at a stop string."""
+        """The text that became final with this token; `stop` is set at a stop string."""
         text = self._utf8.decode(piece_bytes(self._tokenizer.piece(token)))
         special = self._written and token in self._tokenizer.special
         return self._give(text, self._tokenizer.token(token) if special else "")
@@ -68,13 +76,13 @@ class TextStream:
             return at if stop in self._written else places[at]
 
         found = [
-            begin(stop, at)
+            (begin(stop, at), -len(stop), stop)
             for stop in self._stop
             if (at := (self._held if stop in self._written else plain).find(stop)) >= 0
         ]
         if found:
-            self.stopped = True
-            return self._take(min(found))
+            at, _, self.stop = min(found)
+            return self._take(at)
         keep = len(self._held)
         for stop in self._stop:
             looked = self._held if stop in self._written else plain

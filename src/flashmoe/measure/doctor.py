@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
+import re
 import statistics
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from flashmoe.measure import kernels
 from flashmoe.measure.family import FAMILY
 from flashmoe.measure.kernels import Check
 from flashmoe.measure.rates import cpu_rates, gpu_rates
+from flashmoe.measure.specialised import needed
 from flashmoe.measure.time_model import Prediction, Rates, bytes_by_layer, predict, text_hits
 
 BOUND = 2e-3
@@ -80,12 +82,16 @@ class BackendReport:
 
     Attributes:
         device: what it says of itself; of a GPU also "compiler", all that the compiler said.
+        compiled: a GPU's kernels, each with what it was specialised for.
+        missing: those that the published models need and that were not.
         copy: bytes a second that a kernel with next to no arithmetic reads and writes.
         error: why it could not be opened, or None.
     """
 
     name: str
     device: dict[str, str] = field(default_factory=dict)
+    compiled: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     copy: float | None = None
     latency: Latency | None = None
@@ -95,7 +101,8 @@ class BackendReport:
 
     @property
     def good(self) -> bool:
-        return self.error is None and self.demo.good and all(c.good for c in self.checks)
+        right = self.demo.good and all(c.good for c in self.checks)
+        return self.error is None and right and not self.missing
 
 
 @dataclass
@@ -132,6 +139,9 @@ def examine(*, quick: bool = False) -> Report:
             part.checks = [
                 kernels.check(ops, case, 2 if quick else 10) for case in kernels.cases(ops, quick)
             ]
+            if part.device:
+                part.compiled = ops.compiled()
+                part.missing = sorted(needed() - set(part.compiled))
             part.copy = (
                 kernels.copy_rate(ops, quick)
                 if part.device
@@ -259,7 +269,7 @@ def _gpu(part: BackendReport) -> Rates:
     """An Apple GPU's rates as measured: of experts in 4 bits, and what waiting costs."""
     assert part.copy is not None
     rates = gpu_rates(part.copy, page_cache=True)
-    experts = [c.rate for c in part.checks if " experts " in c.name and c.rate]
+    experts = [c.rate for c in part.checks if re.match(r"\d+ experts .* 4-bit", c.name) and c.rate]
     latency = part.latency.start + part.latency.wake if part.latency else rates.wait
     product = statistics.median(experts) if experts else rates.product[""]
     return dataclasses.replace(rates, product={"": product}, wait=latency)

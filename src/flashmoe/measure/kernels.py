@@ -15,11 +15,14 @@ from flashmoe.checkpoint.config import ModelConfig
 from flashmoe.measure import reference
 from flashmoe.measure.family import FAMILY
 from flashmoe.measure.reference import Array
+from flashmoe.measure.specialised import BITS
 
 EXACT, HALF = 1e-4, 2e-2
 """Largest error allowed, as a share of the largest value: in float32, and where keys are bfloat16
 and may be multiplied as such."""
-QUICK_ROWS = 40
+QUICK_ROWS, TALL = 40, 8256
+"""Rows of a matrix where shapes are cut down, and so many that a GPU has another kernel for them.
+"""
 CHECKED_ROWS = 64
 """Of a matrix: numpy multiplies so many, spread over it."""
 
@@ -102,8 +105,8 @@ def check(backend: Any, case: Case, repeats: int) -> Check:
 def cases(backend: Any, quick: bool) -> Iterator[Case]:
     """Every operation at the shapes and in the formats of the published models.
 
-    Few rows of each matrix, fewer keys and tokens where `quick`: kernels are specialised by formats
-    and widths, not by rows.
+    Few rows of each matrix, fewer keys and tokens where `quick`. Either way every kernel runs that
+    a GPU needs for these models (measure/specialised.py).
     """
     seen = set()
     for case in _cases(backend, quick):
@@ -119,6 +122,7 @@ def _cases(backend: Any, quick: bool) -> Iterator[Case]:
     yield from make.formats()
     for c in configs:
         yield from make.experts(c)
+    yield from make.specialised()
     for value_heads in sorted({c.linear_num_value_heads for c in configs}):
         for n in (1, 8):
             yield make.gated_delta(16, value_heads, n)
@@ -132,7 +136,9 @@ def _cases(backend: Any, quick: bool) -> Iterator[Case]:
     for width in sorted({c.hidden_size for c in configs}):
         yield make.rms_norm(width, 1)
         yield make.combine(width)
-        yield make.embed(width)
+        yield make.all_finite(width)
+        for bits in BITS:
+            yield make.embed(width, bits)
 
 
 def copy_rate(backend: Any, quick: bool) -> float:
@@ -172,7 +178,7 @@ class _Maker:
 
     def formats(self) -> Iterator[Case]:
         """Every format that checkpoints come in, with one token and with many."""
-        for bits in (2, 4, 8):
+        for bits in BITS:
             for group in (32, 64, 128):
                 for n in (1, 32):
                     yield self.product(1024, 4096, bits, group, "BF16", n)
@@ -182,7 +188,7 @@ class _Maker:
                 yield self.product(1024, 4096, 0, 0, dtype, n)
 
     def product(self, rows: int, cols: int, bits: int, group: int, dtype: str, n: int) -> Case:
-        rows = min(rows, QUICK_ROWS) if self.quick else rows
+        rows = min(rows, QUICK_ROWS) if self.quick and rows != TALL else rows
         native, values, nbytes = self.matrix(rows, cols, bits, group, dtype)
         x = self.draw(n, cols)
         some = np.unique(np.linspace(0, rows - 1, CHECKED_ROWS).astype(int))
@@ -196,49 +202,62 @@ class _Maker:
         )
 
     def experts(self, c: ModelConfig) -> Iterator[Case]:
-        """A layer's routed experts of one token, in 4 bits and in 2."""
+        """A layer's routed experts of one token."""
         width = min(c.moe_intermediate_size, 128) if self.quick else c.moe_intermediate_size
         hidden = c.hidden_size
-        for bits, count in [(4, k) for k in sorted(_counts(c))] + [(2, min(_counts(c)))]:
-            # Those of several layers, in turns, so that no cache serves them.
-            sets = 1 if self.quick else 4
-            layers = [
-                [
-                    [
-                        self.matrix(r, k, bits, 64, "BF16")
-                        for r, k in ((width, hidden), (width, hidden), (hidden, width))
-                    ]
-                    for _ in range(count)
-                ]
-                for _ in range(sets)
+        # Those of several layers, in turns, so that no cache serves them.
+        layers = 1 if self.quick else 4
+        kinds = {(4, count) for count in _counts(c)}
+        if not self.quick:
+            kinds |= {(bits, min(_counts(c))) for bits in BITS}
+        for bits, count in sorted(kinds):
+            yield self.layer_of_experts("", hidden, width, bits, count, 1, layers)
+
+    def specialised(self) -> Iterator[Case]:
+        """Small shapes, for kernels that no shape above needs in every format, and that a GPU takes
+        for more rows, more tokens, or fewer experts at a time."""
+        for bits in BITS:
+            yield self.product(TALL, 128, bits, 64, "BF16", 1)
+            for count, n in ((1, 1), (8, 4), (2, 8)):
+                yield self.layer_of_experts("small ", 320, 192, bits, count, n, 1)
+
+    def layer_of_experts(
+        self, kind: str, hidden: int, width: int, bits: int, count: int, n: int, layers: int
+    ) -> Case:
+        """Experts of which each takes all of n tokens."""
+        shapes = ((width, hidden), (width, hidden), (hidden, width))
+        experts = [
+            [[self.matrix(*shape, bits, 64, "BF16") for shape in shapes] for _ in range(count)]
+            for _ in range(layers)
+        ]
+        x, tokens, turn = self.draw(n, hidden), np.arange(n, dtype=np.int32), [0]
+
+        def run() -> tuple[int, Array]:
+            turn[0] = (turn[0] + 1) % layers
+            calls = [
+                (*(m[0] for m in expert), tokens, tokens + np.int32(n * j))
+                for j, expert in enumerate(experts[turn[0]])
             ]
-            x, turn = self.draw(1, hidden), [0]
+            return turn[0], self.backend.experts(x, calls, n * count)
 
-            def run(
-                layers: Any = layers, x: Array = x, turn: list[int] = turn, count: int = count
-            ) -> tuple[int, Array]:
-                turn[0] = (turn[0] + 1) % len(layers)
-                first = np.zeros(1, np.int32)
-                calls = [
-                    (*(m[0] for m in expert), first, np.array([j], np.int32))
-                    for j, expert in enumerate(layers[turn[0]])
-                ]
-                return turn[0], self.backend.experts(x, calls, count)
+        def expected(result: tuple[int, Array]) -> list[tuple[Array, Array]]:
+            at, out = result
+            pairs = []
+            for found, expert in zip(np.split(out, count), experts[at], strict=True):
+                gate, up, down = (m[1](None) for m in expert)
+                inner = reference.silu(x @ gate.T) * (x @ up.T)
+                pairs.append((found, inner @ down.T))
+            return pairs
 
-            def expected(
-                result: tuple[int, Array], layers: Any = layers, x: Array = x
-            ) -> list[tuple[Array, Array]]:
-                at, out = result
-                pairs = []
-                for found, expert in zip(out, layers[at], strict=True):
-                    gate, up, down = (m[1](None) for m in expert)
-                    inner = reference.silu(x @ gate.T) * (x @ up.T)
-                    pairs.append((found, (inner @ down.T)[0]))
-                return pairs
-
-            nbytes = count * sum(m[2] for m in layers[0][0])
-            name = f"{count} experts {hidden} x {width}, {_spell(bits, 64, 'BF16')}"
-            yield Case(name, run, expected, nbytes, 6 * hidden * width * count)
+        several = f", {n} tokens" if n > 1 else ""
+        return Case(
+            f"{count} {kind}expert{'s' if count > 1 else ''} {hidden} x {width}, "
+            f"{_spell(bits, 64, 'BF16')}{several}",
+            run,
+            expected,
+            count * sum(m[2] for m in experts[0][0]),
+            6 * hidden * width * count * n,
+        )
 
     def gated_delta(self, key_heads: int, heads: int, n: int) -> Case:
         dk = dv = 128
@@ -309,6 +328,16 @@ class _Maker:
             logits.nbytes,
         )
 
+    def all_finite(self, width: int) -> Case:
+        x = self.draw(4, width)
+        x[1, -1], x[2, 0] = np.inf, np.nan
+        return Case(
+            f"finite, {width}",
+            lambda: self.backend.all_finite(x),
+            lambda out: [(out, np.array([np.isfinite(row).all() for row in x]))],
+            x.nbytes,
+        )
+
     def rms_norm(self, width: int, n: int) -> Case:
         x, weight = self.draw(n, width), self.draw(width)
         return Case(
@@ -333,14 +362,14 @@ class _Maker:
             sum(a.nbytes for a in arrays) + 4 * width,
         )
 
-    def embed(self, width: int) -> Case:
-        native, values, _ = self.matrix(48, width, 4, 64, "BF16")
+    def embed(self, width: int, bits: int) -> Case:
+        native, values, nbytes = self.matrix(48, width, bits, 64, "BF16")
         ids = np.array([3, 0, 47], np.int32)
         return Case(
-            f"embed {width}",
+            f"embed {width}, {_spell(bits, 64, 'BF16')}",
             lambda: self.backend.embed(native, ids),
             lambda out: [(out, values(ids))],
-            3 * (width * 9 // 16 + 4 * width),
+            3 * (nbytes // 48 + 4 * width),
         )
 
     def draw(self, *shape: int) -> Array:

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <span>
 #include <string>
 #include <utility>
@@ -121,8 +122,9 @@ struct RouteCall {
   int32_t* finite;  // [n]: 0 where a logit or an element of x is infinite or NaN, else 1
 };
 
-// What memory is for, which tells a backend where to have it. The host writes weights and slots and
-// reads and writes what it exchanges with the device; of states only copies are made.
+// What memory is for, which tells a backend where to have it. The host writes weights, and slots
+// where nothing is landed beside them, and reads and writes what it exchanges with the device;
+// states it only copies, by Backend::copy().
 enum class Memory { kWeights, kSlots, kState, kExchange };
 
 // What a model asks of kernels.
@@ -162,6 +164,14 @@ class Backend {
   // Memory that holds `length` bytes of the file from `offset` on without a copy, where WeightRules
   // say that it can; empty where the device cannot after all. Only to be read.
   virtual Buffer map(const File& file, int64_t offset, int64_t length) = 0;
+  // Memory beside so many bytes of slots, for reads to land in, from where copy() brings an expert
+  // to its slot; empty where reads land in the slots.
+  virtual Buffer allocate_landing(size_t) { return nullptr; }
+  // Copies between states, between a state and memory of the host, or from where reads land to
+  // slots; done when it returns. A thread may do so beside operations that use neither.
+  virtual void copy(std::byte* to, const std::byte* from, size_t bytes) {
+    std::memcpy(to, from, bytes);
+  }
 
   virtual void embed(const Matrix& table, std::span<const int32_t> ids, float* out) = 0;
   virtual void rms_norm(int n, int width, const float* x, const float* weight, float eps,
@@ -186,6 +196,8 @@ class Backend {
 
   // Of the latest finish().
   virtual DeviceTimes times() const { return {}; }
+  // The kernels that were compiled so far, each with what it was specialised for. None for the CPU.
+  virtual std::vector<std::string> compiled() const { return {}; }
   // What the device is, for people: names and values. Nothing for the CPU.
   virtual std::vector<std::pair<std::string, std::string>> describe() const { return {}; }
 };

@@ -146,10 +146,7 @@ nb::dict export_state(PyState& self) {
   for (const StateTensor& tensor : self.state.tensors(self.state.position())) {
     const std::vector<size_t> shape(tensor.shape.begin(), tensor.shape.end());
     const nb::object array = new_array(shape, numpy_dtype(tensor.dtype));
-    std::byte* to = data_of(array);
-    for (size_t i = 0; tensor.block_bytes > 0 && i < tensor.blocks; ++i) {
-      std::memcpy(to + i * tensor.block_bytes, tensor.data + i * tensor.stride, tensor.block_bytes);
-    }
+    self.state.read(tensor, data_of(array));
     result[tensor.name.c_str()] = array;
   }
   if (!self.logits.is_none()) result["logits"] = self.logits;
@@ -195,11 +192,7 @@ void restore_state(PyState& self, int64_t position, const nb::dict& tensors) {
   filled.advance(position);
   size_t index = 0;
   for (const StateTensor& tensor : filled.tensors(position)) {
-    const auto* from = static_cast<const std::byte*>(arrays[index++].data());
-    for (size_t i = 0; tensor.block_bytes > 0 && i < tensor.blocks; ++i) {
-      std::memcpy(tensor.data + i * tensor.stride, from + i * tensor.block_bytes,
-                  tensor.block_bytes);
-    }
+    filled.write(tensor, static_cast<const std::byte*>(arrays[index++].data()));
   }
   self.state = std::move(filled);
   self.logits = std::move(logits);

@@ -173,6 +173,8 @@ class Ops {
     return result;
   }
 
+  std::vector<std::string> compiled() const { return backend_->compiled(); }
+
   nb::dict describe() const {
     nb::dict result;
     for (const auto& [name, value] : backend_->describe()) result[name.c_str()] = value;
@@ -346,6 +348,15 @@ class Ops {
     return {ids, weights};
   }
 
+  Out<int32_t> all_finite(In<float> x) {
+    const int n = extent(x, "x", 0, 2), width = extent(x, "x", 1, 2);
+    auto finite = make<int32_t>({x.shape(0)});
+    Arrays at(*backend_, copied_);
+    backend_->all_finite(n, width, at.in(x), at.out(finite));
+    at.done();
+    return finite;
+  }
+
   // calls are (gate, up, down, tokens, out_rows); rows of the result that no call writes are 0.
   Out<float> experts(In<float> x, const std::vector<ExpertTuple>& calls, int rows) {
     const int n = extent(x, "x", 0, 2), hidden = extent(x, "x", 1, 2);
@@ -439,6 +450,7 @@ void bind_ops(nb::module_& m) {
       .def("place", &Ops::place, nb::arg("matrix"), nb::keep_alive<0, 1>())
       .def("times", &Ops::times)
       .def("describe", &Ops::describe)
+      .def("compiled", &Ops::compiled)
       .def("embed", &Ops::embed, nb::arg("table"), nb::arg("ids"))
       .def("rms_norm", &Ops::rms_norm, nb::arg("x"), nb::arg("weight"), nb::arg("eps"))
       .def("matmul", &Ops::matmul, nb::arg("x"), nb::arg("weights"))
@@ -452,6 +464,7 @@ void bind_ops(nb::module_& m) {
            nb::arg("position"), nb::arg("rotary_dim"), nb::arg("rope_theta"), nb::arg("eps"))
       .def("route", &Ops::route, nb::arg("logits"), nb::arg("experts_per_token"),
            nb::arg("renormalise"))
+      .def("all_finite", &Ops::all_finite, nb::arg("x"))
       .def("experts", &Ops::experts, nb::arg("x"), nb::arg("calls"), nb::arg("rows"))
       .def("combine", &Ops::combine, nb::arg("x"), nb::arg("expert_out"), nb::arg("expert_weights"),
            nb::arg("shared_out"), nb::arg("shared_gate"));

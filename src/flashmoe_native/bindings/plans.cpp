@@ -80,6 +80,7 @@ void bind_plans(nb::module_& m) {
   nb::class_<Plan>(m, "Plan")
       .def_prop_ro("kernel", [](const Plan& plan) { return name_of(plan.kernel); })
       .def_ro("constants", &Plan::constants)
+      .def("__str__", [](const Plan& plan) { return spell(plan.kernel, plan.constants); })
       .def_ro("grid", &Plan::grid)
       .def_ro("threads", &Plan::threads)
       .def_ro("seconds", &Plan::seconds)

@@ -36,7 +36,8 @@ ExpertStore::ExpertStore(Backend& backend, IoQueue& io,
                          const std::vector<std::unique_ptr<File>>& files,
                          const std::vector<ExpertsSpec>& layers, const SlotOptions& options,
                          std::function<bool(int64_t bytes)> may_grow)
-    : io_(io),
+    : backend_(backend),
+      io_(io),
       files_(files),
       layers_(layers),
       options_(options),
@@ -44,6 +45,7 @@ ExpertStore::ExpertStore(Backend& backend, IoQueue& io,
       slots_(static_cast<size_t>(size_.count)),
       slab_(backend.allocate(Memory::kSlots, static_cast<size_t>(size_.bytes()),
                              static_cast<size_t>(size_.stride))),
+      landing_(backend.allocate_landing(static_cast<size_t>(size_.bytes()))),
       worth_(slots_.size(), kEmpty),
       may_grow_(std::move(may_grow)) {
   int64_t total = 0, most = 0;
@@ -212,7 +214,7 @@ bool ExpertStore::try_read(int layer, int expert, bool ahead) {
   Slot& slot = slots_[index];
   slot.layer = layer;
   slot.expert = expert;
-  slot.landed = false;
+  slot.landed = slot.placed = false;
   slot.purpose = ahead ? Purpose::kAhead : Purpose::kAsked;
   slot.was_read = ahead;
   slot_of(layer, expert) = index;
@@ -231,7 +233,7 @@ void ExpertStore::read(int slot, const SlotLayout::Read& part) {
   int64_t cached = 0;
   Stopwatch watch;
   try {
-    std::byte* const to = memory(slot) + part.slot_offset;
+    std::byte* const to = landing_place(slot) + part.slot_offset;
     const File& file = *files_[part.file];
     if (part.direct) {
       file.read_direct(part.offset, part.length, to);
@@ -257,7 +259,11 @@ void ExpertStore::read(int slot, const SlotLayout::Read& part) {
   }
 }
 
-ExpertStore::Arrived ExpertStore::arrived(int slot) const {
+ExpertStore::Arrived ExpertStore::arrived(int slot) {
+  if (!slots_[slot].placed && landing_) {
+    backend_.copy(memory(slot), landing_place(slot), static_cast<size_t>(size_.stride));
+  }
+  slots_[slot].placed = true;
   const ExpertsSpec& spec = layers_[slots_[slot].layer];
   Arrived result{slots_[slot].expert, {}, {}, {}};
   const int64_t* part = slots_[slot].parts.data();

@@ -90,6 +90,7 @@ class ExpertStore {
   struct Slot {
     int layer = -1, expert = -1;  // -1: empty
     bool landed = true;           // no read of it is under way
+    bool placed = true;           // is in slab_, where it may have to be brought
     Purpose purpose = Purpose::kAsked;
     bool was_read = false;                 // ahead: was in no slot before
     int reads_left = 0;                    // under mutex_
@@ -98,6 +99,9 @@ class ExpertStore {
   };
 
   std::byte* memory(int slot) const { return slab_.get() + size_.stride * slot; }
+  std::byte* landing_place(int slot) const {
+    return landing_ ? landing_.get() + size_.stride * slot : memory(slot);
+  }
   int64_t index(int layer, int expert) const { return layer_base_[layer] + expert; }
   int& slot_of(int layer, int expert) { return slot_of_[index(layer, expert)]; }
   int choose_slot();
@@ -115,8 +119,9 @@ class ExpertStore {
   void pin(int slot);
   void unpin(int slot);
   void forget(int slot);
-  Arrived arrived(int slot) const;
+  Arrived arrived(int slot);
 
+  Backend& backend_;
   IoQueue& io_;
   const std::vector<std::unique_ptr<File>>& files_;
   const std::vector<ExpertsSpec>& layers_;
@@ -127,7 +132,8 @@ class ExpertStore {
   std::vector<float> uses_;   // by index(), each use times what weight_ was then
   float weight_ = 1;          // of a use now; doubles every kHalfLife tokens
   std::vector<Slot> slots_;
-  Buffer slab_;
+  Buffer slab_;     // of slots
+  Buffer landing_;  // what is read for them lands here, or in the slots if this is empty
   // How much a slot is worth keeping: its expert's uses_, less than any where it is empty,
   // infinitely much where it is pinned.
   std::vector<float> worth_;

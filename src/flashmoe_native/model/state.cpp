@@ -1,7 +1,6 @@
 #include "model/state.h"
 
 #include <algorithm>
-#include <cstring>
 #include <new>
 #include <string>
 #include <utility>
@@ -95,8 +94,8 @@ KeyValueCache State::copy(const KeyValueCache& old, int64_t length, int64_t capa
                       backend_->allocate(Memory::kState, bytes), capacity};
   for (int head = 0; held > 0 && head < config_->num_key_value_heads; ++head) {
     const size_t to = row * head * capacity, from = row * head * old.capacity;
-    std::memcpy(fresh.keys.get() + to, old.keys.get() + from, held);
-    std::memcpy(fresh.values.get() + to, old.values.get() + from, held);
+    backend_->copy(fresh.keys.get() + to, old.keys.get() + from, held);
+    backend_->copy(fresh.values.get() + to, old.values.get() + from, held);
   }
   return fresh;
 }
@@ -135,6 +134,20 @@ std::vector<StateTensor> State::tensors(int64_t position) const {
   return result;
 }
 
+void State::read(const StateTensor& tensor, std::byte* to) const {
+  for (size_t i = 0; tensor.block_bytes > 0 && i < tensor.blocks; ++i) {
+    backend_->copy(to + i * tensor.block_bytes, tensor.data + i * tensor.stride,
+                   tensor.block_bytes);
+  }
+}
+
+void State::write(const StateTensor& tensor, const std::byte* from) {
+  for (size_t i = 0; tensor.block_bytes > 0 && i < tensor.blocks; ++i) {
+    backend_->copy(tensor.data + i * tensor.stride, from + i * tensor.block_bytes,
+                   tensor.block_bytes);
+  }
+}
+
 void State::reserve(int64_t tokens) try {
   if (key_values_->length > position_) {  // another state has gone on, or had until it was freed
     if (key_values_.use_count() > 1) {
@@ -169,9 +182,9 @@ State State::fork() const {
   copy.key_values_ = key_values_;
   for (int layer = 0; layer < config_->layers(); ++layer) {
     if (config_->attention_layers[layer]) continue;
-    std::memcpy(copy.deltas[layer].conv.get(), deltas[layer].conv.get(), conv_bytes());
-    std::memcpy(copy.deltas[layer].recurrent.get(), deltas[layer].recurrent.get(),
-                recurrent_bytes());
+    backend_->copy(copy.deltas[layer].conv.get(), deltas[layer].conv.get(), conv_bytes());
+    backend_->copy(copy.deltas[layer].recurrent.get(), deltas[layer].recurrent.get(),
+                   recurrent_bytes());
   }
   return copy;
 }

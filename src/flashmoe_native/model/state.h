@@ -31,8 +31,8 @@ struct DeltaState {  // of a GatedDeltaNet layer
   Buffer recurrent;  // float [value_heads, key_dim, value_dim]
 };
 
-// A tensor of a state, as it is exported and restored: `blocks` runs of `block_bytes`, one after
-// the other in the tensor and `stride` bytes apart in the state's own memory.
+// A tensor of a state: `blocks` runs of `block_bytes`, one after the other in the tensor and
+// `stride` bytes apart in the state's own memory.
 struct StateTensor {
   std::string name;  // such as layers.3.keys
   DType dtype;
@@ -60,6 +60,9 @@ class State {
   const KeyValues& key_values() const { return *key_values_; }
   // All tensors of a state of so many tokens; their memory is this one's where it is that long.
   std::vector<StateTensor> tensors(int64_t position) const;
+  // Copies a tensor of this state to memory of the host, and from there.
+  void read(const StateTensor& tensor, std::byte* to) const;
+  void write(const StateTensor& tensor, const std::byte* from);
   // Bytes of one layer's buffers.
   size_t conv_bytes() const;
   size_t recurrent_bytes() const;

@@ -17,7 +17,8 @@
 //   FAMILY       the GPU's, of Apple's; default 9
 //   UNIFIED      0: the GPU has memory of its own
 //   WORKING_SET, MAX_BUFFER, MAX_THREADS, SIMD_WIDTH   the device's limits
-//   TRACE        1: tells on stderr of residency that is asked for, and of command buffers
+//   TRACE        1: tells on stderr of pipelines (kernel, then constants), of buffers that become
+//                resident (bytes), of residency that is asked for, and of command buffers
 #import <Metal/Metal.h>
 #include <objc/runtime.h>
 #include <sys/mman.h>
@@ -51,8 +52,8 @@ static bool fails(const char* what) {
   return value && strcmp(value, what) == 0;
 }
 
-static void trace(const char* what) {
-  if (setting("TRACE", 0)) fprintf(stderr, "%s\n", what);
+static void trace(const std::string& what) {
+  if (setting("TRACE", 0)) fprintf(stderr, "%s\n", what.c_str());
 }
 
 [[noreturn]] static void misuse(const char* format, ...) {
@@ -217,6 +218,7 @@ static void make_view(SimBuffer* buffer) {
   require([allocation isKindOfClass:[SimBuffer class]], "addAllocation: not a buffer");
   require(named->insert(static_cast<SimBuffer*>(allocation)).second, "addAllocation: added twice");
   [allocation retain];
+  trace("resident " + std::to_string(static_cast<SimBuffer*>(allocation)->length));
 }
 - (void)removeAllocation:(id)allocation {
   std::lock_guard lock(memory_mutex);
@@ -699,6 +701,11 @@ struct Dispatch {
   }
   SimPipeline* pipeline = [[SimPipeline alloc] init];
   pipeline->dispatch = static_cast<SimFunction*>(function)->dispatch;
+  std::string told = std::string("pipeline ") + pipeline->dispatch.kernel;
+  for (int i = 0; pipeline->dispatch.constants_set >> i & 1; ++i) {
+    told += " " + std::to_string(pipeline->dispatch.constants[i]);
+  }
+  trace(told);
   return pipeline;
 }
 @end

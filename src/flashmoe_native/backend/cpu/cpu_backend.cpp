@@ -243,25 +243,31 @@ void CpuBackend::attention(int n, const AttentionCall& call) {
   }
 
   float* partials = partials_.get<float>(division.shared_floats);
+  // A unit's first partial result becomes its total; those of a round lie behind it.
   const auto partial_of = [&](int unit, int key_block) {
+    const int index = key_block == 0 ? 0 : 1 + (key_block - 1) % division.round_blocks;
     return partial_at(partials +
-                      partial_floats * (static_cast<size_t>(unit) * key_blocks + key_block));
+                      partial_floats * (static_cast<size_t>(unit) * division.partials + index));
   };
-  pool_.parallel_for(units * key_blocks, [&](int task, int thread) {
-    const int unit = task / key_blocks, key_block = task % key_blocks;
-    AttentionBlock block = unit_block(unit);
-    if (!select_keys(block, key_block)) return;
-    kernels_.attention_block(call, block, q, partial_of(unit, key_block),
-                             per_thread_[thread].get<float>(division.thread_floats));
-  });
-  pool_.parallel_for(units, [&](int unit, int) {
-    AttentionBlock block = unit_block(unit);
-    const AttentionPartial total = partial_of(unit, 0);
-    for (int key_block = 1; key_block < key_blocks && select_keys(block, key_block); ++key_block) {
-      merge(block, total, partial_of(unit, key_block));
-    }
-    kernels_.attention_finish(call, block, total);
-  });
+  for (int begin = 0, end; begin < key_blocks; begin = end) {
+    end = std::min(begin == 0 ? division.partials : begin + division.round_blocks, key_blocks);
+    pool_.parallel_for(units * (end - begin), [&](int task, int thread) {
+      const int unit = task / (end - begin), key_block = begin + task % (end - begin);
+      AttentionBlock block = unit_block(unit);
+      if (!select_keys(block, key_block)) return;
+      kernels_.attention_block(call, block, q, partial_of(unit, key_block),
+                               per_thread_[thread].get<float>(division.thread_floats));
+    });
+    pool_.parallel_for(units, [&](int unit, int) {
+      AttentionBlock block = unit_block(unit);
+      const AttentionPartial total = partial_of(unit, 0);
+      for (int key_block = std::max(begin, 1); key_block < end && select_keys(block, key_block);
+           ++key_block) {
+        merge(block, total, partial_of(unit, key_block));
+      }
+      if (end == key_blocks) kernels_.attention_finish(call, block, total);
+    });
+  }
 }
 
 void CpuBackend::route(int n, const RouteCall& call) {

@@ -11,6 +11,7 @@ namespace {
 
 constexpr int kQueries = 64;        // of a unit: its scores are 64 KiB
 constexpr int kUnitsPerThread = 8;  // with fewer, the keys are divided too, which takes memory
+constexpr int kTasksOfRound = 64;   // of a thread, before their partial results are merged
 
 int divide_up(int64_t value, int64_t unit) {
   return static_cast<int>((value + unit - 1) / unit);
@@ -25,13 +26,15 @@ AttentionDivision::AttentionDivision(int n, const AttentionCall& call, int threa
   units = call.kv_heads * divide_up(n, tokens);
   key_blocks = divide_up(call.position + n, kKeyBlock);
   by_keys = units < kUnitsPerThread * threads && threads > 1 && key_blocks > 1;
+  round_blocks = divide_up(int64_t{kTasksOfRound} * threads, units);
   queries = static_cast<size_t>(std::min(tokens, n)) * group;
   partial_floats = queries * (2 + width);
 
   query_floats = static_cast<size_t>(n) * call.heads * width;
   const AttentionBlock whole{0, 0, std::min(tokens, n), 0, 0};
   thread_floats = attention_scratch(call, whole) + (by_keys ? 0 : 2 * partial_floats);
-  shared_floats = by_keys ? partial_floats * units * key_blocks : 0;
+  partials = std::min(key_blocks, round_blocks + 1);
+  shared_floats = by_keys ? partial_floats * units * partials : 0;
 }
 
 size_t activation_floats(const ExpertCall& call) {

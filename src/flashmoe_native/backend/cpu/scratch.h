@@ -15,17 +15,21 @@ namespace flashmoe {
 
 // Attention of n tokens as tasks: a unit is a KV head with some of the tokens, and goes through the
 // keys a block at a time. Few units leave threads idle: then each block of keys is a task as well.
+// After every round of such tasks their partial results are merged into one of each unit, so that
+// their number does not grow with the context.
 struct AttentionDivision {
   AttentionDivision(int n, const AttentionCall& call, int threads);
 
   int tokens;  // of a unit, at most
   int units, key_blocks;
   bool by_keys;
+  int round_blocks;       // of keys, in a round
+  int partials;           // of a unit that are held at a time: the merged one, and a round's
   size_t queries;         // of a unit, at most
   size_t partial_floats;  // of an AttentionPartial
 
   // What it works in: all queries; a thread's scores and partial results; and, where each block of
-  // keys is a task, the partial results of all.
+  // keys is a task, the partial results of a round.
   size_t query_floats, thread_floats, shared_floats;
 };
 

@@ -6,6 +6,7 @@
 
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 
 #define FLASHMOE_INLINE [[gnu::always_inline]] inline
 
@@ -142,7 +143,7 @@ FLASHMOE_INLINE Floats exponential(Floats x) {
   p = multiply_add(p, r, splat(1.6666665459e-1f));
   p = multiply_add(p, r, splat(5.0000001201e-1f));
   p = multiply_add(p, r * r, r) + 1.0f;
-  const Ints exponent = (reinterpret_cast<Ints>(shifted) << 23) + (127 << 23);
+  const Words exponent = (reinterpret_cast<Words>(shifted) << 23) + (127u << 23);  // of NaN: any
   const Floats result = p * reinterpret_cast<Floats>(exponent);
   return x < -87.3f ? Floats{} : result;
 }

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <string>
 #include <type_traits>
 
 #include "arguments.h"
@@ -20,6 +21,9 @@ const char* name_of(Kernel kernel);
 
 // Values by shaders::FunctionConstant; a kernel ignores those that it does not declare.
 using Constants = std::array<uint32_t, shaders::kFunctionConstants>;
+
+// A kernel and those of its constants that are not 0 (F32 is), for people.
+std::string spell(Kernel kernel, const Constants& constants);
 
 // One dispatch.
 struct Plan {

@@ -1,5 +1,6 @@
 // What kernels there are, norm, embedding, and products of one input with several matrices.
 #include <algorithm>
+#include <iterator>
 #include <string>
 
 #include "backend/launch/gpu_backend.h"
@@ -24,6 +25,21 @@ const char* name_of(Kernel kernel) {
   return kNames[static_cast<size_t>(kernel)];
 }
 #undef FLASHMOE_KERNEL
+
+std::string spell(Kernel kernel, const Constants& constants) {
+  static constexpr const char* kTypes[] = {"F32", "F16", "BF16"};
+  static constexpr const char* kNames[] = {"bits",     "group",    "dtype",       "up bits",
+                                           "up group", "up dtype", "cache dtype", "quads"};
+  static_assert(std::size(kNames) == kFunctionConstants);
+  std::string text = name_of(kernel);
+  for (size_t i = 0; i < constants.size(); ++i) {
+    if (constants[i] == 0) continue;
+    const bool type = i == kDType || i == kSecondDType || i == kCacheDType;
+    text += std::string(", ") + kNames[i] + " ";
+    text += type ? kTypes[constants[i]] : std::to_string(constants[i]);
+  }
+  return text;
+}
 
 // Experts that wait come before what is launched after them.
 void GpuBackend::run(const Plan& plan) {

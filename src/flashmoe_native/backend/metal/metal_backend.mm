@@ -63,6 +63,8 @@ class MetalBackend final : public GpuBackend {
 
   DeviceTimes times() const override { return commands_.times(); }
 
+  std::vector<std::string> compiled() const override { return pipelines_.compiled(); }
+
   std::vector<std::pair<std::string, std::string>> describe() const override {
     const Pool pool;
     int family = MTLGPUFamilyApple7;

@@ -7,6 +7,7 @@
 #include <map>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "backend/launch/plan.h"
 #include "backend/metal/owned.h"
@@ -20,6 +21,8 @@ class Pipelines {
 
   // What the compiler said though it compiled; "" for nothing.
   const std::string& log() const { return log_; }
+  // As Backend::compiled().
+  std::vector<std::string> compiled() const;
 
   // Throws DeviceError where the GPU cannot run the kernel with so many threads a threadgroup.
   id<MTLComputePipelineState> get(Kernel kernel, const Constants& constants, uint32_t threads);

@@ -95,6 +95,14 @@ Owned<id<MTLComputePipelineState>> Pipelines::make(Kernel kernel,
   return pipeline;
 }
 
+std::vector<std::string> Pipelines::compiled() const {
+  std::vector<std::string> result;
+  for (const auto& [what, pipeline] : pipelines_) {
+    if (pipeline) result.push_back(spell(what.first, what.second));
+  }
+  return result;
+}
+
 id<MTLComputePipelineState> Pipelines::get(Kernel kernel, const Constants& constants,
                                            uint32_t threads) {
   Owned<id<MTLComputePipelineState>>& pipeline = pipelines_[{kernel, constants}];
