@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import shutil
 import signal
 import sys
@@ -48,6 +49,17 @@ def pytest_configure(config: pytest.Config) -> None:
         )
     # Started in a shell's background, where SIGINT is ignored, tests of Ctrl-C still see it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Processes for the whole of the fast layer; one for all else, which may build at length what
+    its tests share."""
+    whole = config.args_source is not pytest.Config.ArgsSource.ARGS
+    if whole and not any(config.getoption(option) for option in (*LAYERS, "all")):
+        return min(os.cpu_count() or 1, 4)
+    config.option.dist = "no"
+    return 0
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -76,7 +76,9 @@ def test_the_tokenizers_own_end_of_sequence_ends_an_answer(spoken, name, token) 
 
 
 @pytest.mark.parametrize(
-    "given", ["<|im_end|>", ["<|im_end|>"], "id", iter(["<|im_end|>"])], ids=str
+    "given",
+    ["<|im_end|>", ["<|im_end|>"], "id", iter(["<|im_end|>"])],
+    ids=["text", "list", "id", "iterator"],
 )
 def test_eos_adds_tokens_that_end_an_answer(spoken, given) -> None:
     given = make_tokenizer().token_to_id("<|im_end|>") if given == "id" else given
