@@ -11,7 +11,8 @@ python=$(command -v python3)
 # The package in DIRECTORY/site, with its native core built with SANITIZERS.
 build_with() {
   cmake -S . -B "$1" -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFLASHMOE_SANITIZE="$2" \
-    -DFLASHMOE_NATIVE_TESTS=ON -DFLASHMOE_WERROR=ON -DPython_EXECUTABLE="$python" >"$1.log"
+    -DCMAKE_CXX_FLAGS_RELWITHDEBINFO="-O1 -g1" -DFLASHMOE_NATIVE_TESTS=ON \
+    -DFLASHMOE_WERROR=ON -DPython_EXECUTABLE="$python" >"$1.log"
   cmake --build "$1" -j "$(nproc)"
   rm -rf "$1/site"
   mkdir "$1/site"
