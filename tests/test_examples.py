@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,14 @@ import pytest
 from programs import environment
 
 import flashmoe
+from flashmoe.cli.main import app
+from flashmoe.cli.report import size
+from flashmoe.cli.report_info import rate
+from flashmoe.measure.fit import Target, fit_family
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").iterdir())
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def _run(directory: Path, code: str) -> str:
@@ -66,3 +72,54 @@ def test_the_code_of_the_python_page_runs(endless: Path) -> None:
     )
     where = "import tempfile, os; os.chdir(tempfile.mkdtemp())\n"
     assert _run(endless, where + code).strip()
+
+
+def _tested(language: str) -> list[str]:
+    """The README's blocks in a language that are marked as tested."""
+    readme = (ROOT / "README.md").read_text()
+    blocks = re.findall(rf"<!-- tested -->\n```{language}\n(.*?)```", readme, re.DOTALL)
+    assert blocks
+    return blocks
+
+
+@pytest.mark.parametrize("command", "".join(_tested("sh")).splitlines())
+def test_a_command_of_the_readme_runs(command: str) -> None:
+    program, *arguments = shlex.split(command)
+    assert program == "flashmoe"
+    done = subprocess.run(
+        [sys.executable, "-m", program, *arguments],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_the_code_of_the_readme_runs(endless: Path) -> None:
+    for code in _tested("python"):
+        assert _run(endless, code).strip()
+
+
+def test_what_the_readme_predicts_is_what_info_predicts() -> None:
+    readme = (ROOT / "README.md").read_text()
+    table = re.search("<!-- predictions -->\n(.*?)<!-- end -->", readme, re.DOTALL)
+    assert table is not None
+    head, _, disk, *machines = (
+        [cell.strip() for cell in row.strip("| ").split("|")]
+        for row in table[1].strip().splitlines()
+    )
+    for row in machines:
+        found = {model.name: (model, fit) for model, fit in fit_family(Target(machine=row[0]))}
+        for k, name in enumerate(head[1:], 1):
+            model, fit = next(f for full, f in found.items() if f"/{name}-" in full)
+            assert disk[k] == size(model.disk)
+            assert row[k] == rate(fit.on_text.tokens_per_second), (row[0], name)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_commands_that_a_page_names_exist(page: Path) -> None:
+    commands = {command.name for command in app.registered_commands}
+    named = re.findall(r"(?:^ {4}|^|`)flashmoe ([a-z]+)\b", page.read_text(), re.MULTILINE)
+    assert set(named) <= commands
