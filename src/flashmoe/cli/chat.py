@@ -12,6 +12,7 @@ import typer
 
 from flashmoe.cli.lines import reader
 from flashmoe.cli.options import (
+    Backend,
     Cache,
     Context,
     Eos,
@@ -55,6 +56,7 @@ def chat(
     seed: Seed = None,
     eos: Eos = None,
     experts_per_token: Experts = "auto",
+    backend: Backend = "auto",
     precision: Precision = "int8",
     threads: Threads = None,
     cache: Cache = None,
@@ -71,7 +73,9 @@ def chat(
       flashmoe chat demo --system "Answer in one sentence."
       flashmoe chat ./packed --load talk.json
     """
-    with open_model(source, experts_per_token, precision, threads, cache, context) as model:
+    with open_model(
+        source, experts_per_token, backend, precision, threads, cache, context
+    ) as model:
         if model.chat_template is None:
             raise ArgumentError(
                 f"{model.directory}: the checkpoint has no chat template; use flashmoe generate"

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from flashmoe.cli.options import (
+    Backend,
     Cache,
     Context,
     Eos,
@@ -33,6 +34,7 @@ def demo(
     max_tokens: MaxTokens = 200,
     temperature: Temperature = None,
     seed: Seed = None,
+    backend: Backend = "auto",
     as_json: Json = False,
 ) -> None:
     """Stream text from the small model that comes with flashmoe. No network.
@@ -42,7 +44,7 @@ def demo(
       flashmoe demo
       flashmoe demo "Continue: The old man looked at the sea." --seed 1
     """
-    with open_model("demo") as model:
+    with open_model("demo", backend=backend) as model:
         messages = [{"role": "user", "content": prompt}]
         ids = model.prompt_ids(messages)
         tokens = model.generate(ids, max_tokens=max_tokens, temperature=temperature, seed=seed)
@@ -100,6 +102,7 @@ def generate(
     ] = None,
     eos: Eos = None,
     experts_per_token: Experts = "auto",
+    backend: Backend = "auto",
     precision: Precision = "int8",
     threads: Threads = None,
     cache: Cache = None,
@@ -138,7 +141,9 @@ def generate(
     Sampling().override(**sampling)  # refuses bad values before a large model is loaded
     if chat is False and (system is not None or think is not None):
         raise ArgumentError("--system and --think belong to a conversation; leave out --raw")
-    with open_model(source, experts_per_token, precision, threads, cache, context) as model:
+    with open_model(
+        source, experts_per_token, backend, precision, threads, cache, context
+    ) as model:
         conversing = system is not None or think is not None
         chatting = conversing or model.chat_template is not None if chat is None else chat
         options: dict[str, Any] = {

@@ -22,6 +22,12 @@ Experts = Annotated[
         "those; auto for 4 of Qwen3.5-397B-A17B's, and all of any other's.",
     ),
 ]
+Backend = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME", help="cpu; metal, a Mac's GPU; or auto: the GPU on a Mac, else the CPU."
+    ),
+]
 Precision = Annotated[
     str,
     typer.Option(metavar="NAME", help="int8, or float32: activations unquantized, the reference."),

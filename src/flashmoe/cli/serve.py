@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from flashmoe.cli.options import Cache, Context, Experts, Precision, Source, Threads
+from flashmoe.cli.options import Backend, Cache, Context, Experts, Precision, Source, Threads
 from flashmoe.cli.running import open_model
 from flashmoe.errors import ArgumentError
 
@@ -37,6 +37,7 @@ def serve(
         bool, typer.Option("--log-prompts", help="Log what is asked and answered too.")
     ] = False,
     experts_per_token: Experts = "auto",
+    backend: Backend = "auto",
     precision: Precision = "int8",
     threads: Threads = None,
     cache: Cache = None,
@@ -61,7 +62,7 @@ def serve(
     # Before the model, which may take minutes.
     with (
         bind(host, port) as listener,
-        open_model(source, experts_per_token, precision, threads, cache, context) as model,
+        open_model(source, experts_per_token, backend, precision, threads, cache, context) as model,
     ):
         logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s")
         logging.getLogger("flashmoe.serve").setLevel(logging.INFO)
