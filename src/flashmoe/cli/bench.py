@@ -14,10 +14,10 @@ from flashmoe.cli.running import open_model
 def bench(
     source: Source,
     prompt_tokens: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Tokens of the prompt.")
+        int, typer.Option(min=1, metavar="N", help="Length of the prompt.")
     ] = 256,
     tokens: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens to generate.")] = 64,
-    runs: Annotated[int, typer.Option(min=1, metavar="N", help="Of which medians are shown.")] = 3,
+    runs: Annotated[int, typer.Option(min=1, metavar="N", help="Runs to take the medians of.")] = 3,
     experts_per_token: Experts = "auto",
     backend: Backend = "auto",
     precision: Precision = "int8",

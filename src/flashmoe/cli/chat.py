@@ -49,7 +49,7 @@ def chat(
         typer.Option("--think/--no-think", help="Whether the model reasons before it answers."),
     ] = None,
     load: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A conversation that /save wrote.")
+        Path | None, typer.Option(metavar="FILE", help="Continue a conversation saved with /save.")
     ] = None,
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
@@ -62,10 +62,11 @@ def chat(
     cache: Cache = None,
     context: Context = None,
 ) -> None:
-    """Talk with a model. /help lists what else it understands; Ctrl-C stops an answer.
+    """Chat with a model. /help lists the commands; Ctrl-C stops an answer.
 
-    Answers go to stdout; reasoning, dimmed, and all else to stderr. Long lines are edited and
-    earlier ones found with the arrow keys; a line that ends with \\ goes on in the next.
+    Answers go to stdout; everything else, including the reasoning (dimmed), goes to stderr. The
+    arrow keys edit the line and recall earlier ones; a line that ends with \\ continues on the
+    next.
 
     \b
     Examples:
