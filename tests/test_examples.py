@@ -1,7 +1,6 @@
 """What the examples and docs show runs, on a small random model in place of the demo."""
 
 import inspect
-import json
 import re
 import shlex
 import subprocess
@@ -18,7 +17,8 @@ from flashmoe.cli.report_info import rate
 from flashmoe.measure.fit import Target, fit_family
 
 ROOT = Path(__file__).parent.parent
-EXAMPLES = sorted((ROOT / "examples").iterdir())
+SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
+NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -40,13 +40,24 @@ def _run(directory: Path, code: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
+@pytest.mark.parametrize("example", SCRIPTS, ids=lambda path: path.name)
 def test_an_example_runs(endless: Path, example: Path) -> None:
-    text = example.read_text()
-    if example.suffix == ".ipynb":
-        cells = [c for c in json.loads(text)["cells"] if c["cell_type"] == "code"]
-        text = "\n".join("".join(cell["source"]) for cell in cells)
-    assert _run(endless, text).strip()
+    assert _run(endless, example.read_text()).strip()
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.name)
+def test_a_notebook_runs_from_top_to_bottom(notebook: Path, monkeypatch) -> None:
+    for needed in ("ipykernel", "matplotlib", "llguidance"):
+        pytest.importorskip(needed)
+    client = pytest.importorskip("nbclient", reason="pip install '.[dev]' brings nbclient")
+    nbformat = pytest.importorskip("nbformat")
+    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
+    book = nbformat.read(notebook, as_version=4)
+    client.NotebookClient(book, timeout=120, kernel_name="python3").execute()
+    outputs = [output for cell in book.cells for output in cell.get("outputs", [])]
+    assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
+    pictures = [o for o in outputs if "image/png" in o.get("data", {})]
+    assert len(pictures) == sum("plt.show()" in cell.source for cell in book.cells)
 
 
 def test_every_argument_and_error_is_on_the_python_page() -> None:
