@@ -19,6 +19,7 @@ from flashmoe.measure.fit import Target, fit_family
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
+OF_OTHERS = ("requires a different", "externally-managed", "No CMAKE", "Could NOT find Python")
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -127,6 +128,18 @@ def test_what_the_readme_predicts_is_what_info_predicts() -> None:
             model, fit = next(f for full, f in found.items() if f"/{name}-" in full)
             assert disk[k] == size(model.disk)
             assert row[k] == rate(fit.on_text.tokens_per_second), (row[0], name)
+
+
+def test_errors_that_the_readme_explains_are_raised() -> None:
+    readme = (ROOT / "README.md").read_text()
+    table = re.search("<!-- errors -->\n(.*?)<!-- end -->", readme, re.DOTALL)
+    assert table is not None
+    sources = "".join(p.read_text() for p in sorted((ROOT / "src" / "flashmoe").rglob("*.py")))
+    messages = re.sub(r"""["']\n? *f?["']""", "", sources)  # literals that stand behind one another
+    for quoted in re.findall(r"^\| `(.*?)` \|", table[1], re.MULTILINE):
+        if not quoted.startswith(OF_OTHERS):
+            for part in quoted.split("..."):
+                assert part.strip() in messages, quoted
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)

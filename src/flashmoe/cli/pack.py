@@ -12,7 +12,7 @@ from flashmoe.cli.progress import Bar
 
 
 def pack(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="A hub id, or a directory.")],
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A hub id, a directory, or 'demo'.")],
     destination: Annotated[
         str, typer.Argument(metavar="DST", help="A new directory, or an unfinished pack.")
     ],
