@@ -135,7 +135,7 @@ def test_errors_that_the_readme_explains_are_raised() -> None:
     table = re.search("<!-- errors -->\n(.*?)<!-- end -->", readme, re.DOTALL)
     assert table is not None
     sources = "".join(p.read_text() for p in sorted((ROOT / "src" / "flashmoe").rglob("*.py")))
-    messages = re.sub(r"""["']\n? *f?["']""", "", sources)  # literals that stand behind one another
+    messages = re.sub(r"""["']\n *f?["']""", "", sources)  # literals that stand behind one another
     for quoted in re.findall(r"^\| `(.*?)` \|", table[1], re.MULTILINE):
         if not quoted.startswith(OF_OTHERS):
             for part in quoted.split("..."):
