@@ -91,6 +91,32 @@ def test_a_cancelled_task_stops_the_work_and_the_loop_runs_meanwhile(model, engi
     assert not [t for t in begun if t.name.startswith("flashmoe")]
 
 
+def test_closing_stops_a_pass_that_another_task_waits_for(model, engine) -> None:
+    entered, release = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        entered.set()
+        assert release.wait(60)
+
+    async def main() -> None:
+        tokens = model.agenerate("the fox")
+        await anext(tokens)
+        engine.before_forward = wait
+
+        async def read() -> list[flashmoe.Token]:
+            return [token async for token in tokens]
+
+        reading = asyncio.create_task(read())
+        while not entered.is_set():
+            await asyncio.sleep(0.001)
+        await tokens.aclose()
+        release.set()
+        assert len(await reading) <= 1  # the pass that was running
+        assert model.stats.finish_reason == "cancelled"
+
+    asyncio.run(main())
+
+
 def test_leaving_the_loop_stops_the_work(model, engine) -> None:
     async def main() -> None:
         chat = model.achat(QUESTION)

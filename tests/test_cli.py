@@ -41,9 +41,28 @@ def test_text_goes_to_stdout_and_all_else_to_stderr(model: str) -> None:
     result = _run("generate", model, "Hello", "-e", "4")
     assert result.exit_code == 0
     assert result.stdout == "Hi there.\n"
-    assert "4 of 8 experts per token (the model's own: 6)" in result.stderr
+    assert result.stderr.count("4 of 8 experts per token (the model's own: 6; ") == 1
+    assert "keys and values" in result.stderr
     assert "10 tokens | " in result.stderr
     assert "tok/s" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["demo"],
+        ["chat", "demo"],
+        ["serve", "demo", "--port", "0"],
+        ["generate", "demo", "x"],
+        ["bench", "demo"],
+        ["eval", "demo", "--text", __file__],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_every_command_that_runs_a_model_takes_a_backend(arguments: list[str]) -> None:
+    result = _run(*arguments, "--backend", "abacus")
+    assert result.exit_code == 2
+    assert "backend must be one of" in result.stderr
 
 
 def test_a_prompt_may_come_through_a_pipe(model: str) -> None:

@@ -150,6 +150,22 @@ def test_threads_on_one_model_get_the_tokens_they_would_get_alone(model) -> None
     assert answers == expected
 
 
+def test_no_signal_handler_is_installed(checkpoint) -> None:
+    code = (
+        "import signal\n"
+        "def handlers(): return [signal.getsignal(s) for s in signal.valid_signals()]\n"
+        "before = handlers()\n"
+        "import flashmoe\n"
+        f"with flashmoe.Model({str(checkpoint('mlx-4'))!r}) as model:\n"
+        "    list(model.generate([1], max_tokens=3))\n"
+        "assert handlers() == before\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr.decode()
+
+
 def test_the_cache_grows_in_steps_while_memory_lasts(checkpoint, monkeypatch, caplog) -> None:
     """As where another program takes what was there when the model was opened."""
     from flashmoe.machine import probe  # noqa: PLC0415

@@ -11,7 +11,10 @@ from fake_engine import FakeEngine, hashed, install, make_directory, make_tokeni
 
 import flashmoe
 from flashmoe import _native
+from flashmoe.checkpoint.config import Quantization
 from flashmoe.generate.engine import open_engine
+from flashmoe.generate.in_force import in_force
+from flashmoe.machine import probe
 from flashmoe.machine.budget import parse_bytes
 
 
@@ -283,7 +286,7 @@ def test_stats_are_those_of_the_latest_call(model) -> None:
     assert stats.bytes_from_page_cache == 2500
     assert stats.hit_rate == pytest.approx((2 + 6 * 0.5) / 8)
     assert stats.prefill_rate > 0
-    assert stats.decode_rate > 0
+    assert stats.decode_rate == pytest.approx(4 / stats.decode_seconds)  # one is the prompt's
     assert stats.first_token_seconds >= stats.prefill_seconds
     assert stats.peak_memory > 1e6
     assert (stats.experts_per_token, stats.precision) == (6, "int8")
@@ -298,10 +301,39 @@ def test_unknown_page_cache_hits_are_none_and_not_zero(model, engine, monkeypatc
     assert model.stats.hit_rate == pytest.approx(2 / 8)
 
 
-def test_what_is_in_force_is_logged_at_load(engine, directory, caplog) -> None:
+def test_what_is_in_force_is_logged_at_load_and_in_the_repr(engine, directory, caplog) -> None:
     with caplog.at_level(logging.INFO, "flashmoe"):
-        flashmoe.Model(directory, experts_per_token=4)
-    assert "4 of 8 experts per token (the model's own number is 6)" in caplog.text
+        model = flashmoe.Model(directory, threads=3, cache="2GB", context=50)
+    (record,) = caplog.records
+    assert record.levelno == logging.INFO
+    for part in (
+        "6 of 8 experts per token (the model's own: 6), ",
+        f"cpu on {probe.processor()}, 3 threads with {_native.cpu_kernels()} kernels, ",
+        "float32 activations and bfloat16 keys and values, ",  # its weights are not quantized
+        "a cache of 2.00 GB for experts, a context of 50 tokens",
+    ):
+        assert part in record.message
+        assert part in repr(model)
+
+
+def test_fewer_experts_than_the_models_own_are_warned_of_once(engine, directory, caplog) -> None:
+    model = flashmoe.Model(directory, experts_per_token=4)
+    list(model.generate([1], max_tokens=3))
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    for said in (record.message, repr(model)):
+        assert "4 of 8 experts per token (the model's own: 6; fewer are faster but less ex" in said
+
+
+def test_the_precision_in_force_is_that_of_the_backend_and_the_weights(engine, directory) -> None:
+    model = flashmoe.Model(directory, precision="float32", cache=0)
+    assert "float32 activations and float32 keys and values, no cache of its own" in repr(model)
+    quantized = dataclasses.replace(model.config, quantization=Quantization(4, 64, {}))
+    setting = dataclasses.replace(model.setting, precision="int8")
+    assert "int8 activations" in in_force(quantized, setting, "cpu", 50)
+    on_metal = in_force(quantized, setting, "metal", 50)
+    assert "float32 activations and bfloat16 keys" in on_metal
+    assert "metal on " in on_metal and "threads" not in on_metal
 
 
 @pytest.mark.parametrize(("asked", "in_force"), [("auto", 6), (None, 6), (1, 1), (6, 6), (100, 6)])

@@ -22,6 +22,7 @@ from tensors import load, quantize
 from flashmoe.checkpoint.headers import read_header
 from flashmoe.checkpoint.open import Checkpoint
 from flashmoe.errors import ArgumentError, CheckpointError, ReadError, WriteError
+from flashmoe.pack.convert import to_bf16
 from flashmoe.pack.layout import EXPERT_ALIGNMENT, PART_ALIGNMENT
 from flashmoe.pack.pack import pack
 
@@ -132,6 +133,20 @@ def test_columns_that_the_group_does_not_divide_stay_at_16_bits(
 
 
 # Layout
+
+
+def test_a_router_has_a_group_of_its_own(maker: ModuleType, tmp_path: Path) -> None:
+    """64, where the pack's is 128 and does not divide the columns."""
+    shape = maker.Shape(192, 2, 4, 2, 64, 64, 320, 4, 2, 32, 2, 4, 32, full_attention_interval=2)
+    maker.make_checkpoint(tmp_path / "source", shape, bits=8)
+    pack(tmp_path / "source", tmp_path / "pack", bits=4, group_size=128)
+    said = json.loads((tmp_path / "pack/config.json").read_text())["quantization"]
+    assert said[f"{PREFIX}layers.0.mlp.gate"] == {"group_size": 64, "bits": 8}
+
+
+def test_scales_are_rounded_to_the_nearest_and_ties_to_even() -> None:
+    ties = np.array([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, -1 - 2**-8], np.float32)
+    assert [hex(value) for value in to_bf16(ties)] == ["0x3f80", "0x3f82", "0x3f81", "0xbf80"]
 
 
 def test_an_expert_is_one_extent_at_a_multiple_of_16_kib(source: Path, tmp_path: Path) -> None:

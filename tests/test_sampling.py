@@ -83,6 +83,12 @@ def test_repetition_penalty_counts_prompt_and_answer() -> None:
     assert [sampler.draw(logits)[0] for _ in range(3)] == [1, 2, 0]
 
 
+def test_repetition_penalty_makes_the_unlikely_less_likely_too() -> None:
+    logits = np.array([-1.0, -1.5], np.float32)
+    sampler = Sampler(Sampling(repetition_penalty=2.0), None, seen=[0])
+    assert sampler.draw(logits)[0] == 1
+
+
 def test_draws_follow_the_distribution() -> None:
     logits = few_logits()
     expected = golden.arrays("sampling")["few"]

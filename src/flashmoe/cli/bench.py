@@ -7,18 +7,19 @@ from typing import Annotated
 
 import typer
 
-from flashmoe.cli.options import Cache, Experts, Json, Precision, Source, Threads
+from flashmoe.cli.options import Backend, Cache, Experts, Json, Precision, Source, Threads
 from flashmoe.cli.running import open_model
 
 
 def bench(
     source: Source,
     prompt_tokens: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Tokens of the prompt.")
+        int, typer.Option(min=1, metavar="N", help="Length of the prompt.")
     ] = 256,
     tokens: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens to generate.")] = 64,
-    runs: Annotated[int, typer.Option(min=1, metavar="N", help="Of which medians are shown.")] = 3,
+    runs: Annotated[int, typer.Option(min=1, metavar="N", help="Runs to take the medians of.")] = 3,
     experts_per_token: Experts = "auto",
+    backend: Backend = "auto",
     precision: Precision = "int8",
     threads: Threads = None,
     cache: Cache = None,
@@ -34,7 +35,7 @@ def bench(
     from flashmoe.cli.report import bench_lines  # noqa: PLC0415
     from flashmoe.measure.bench import run_bench  # noqa: PLC0415
 
-    with open_model(source, experts_per_token, precision, threads, cache) as model:
+    with open_model(source, experts_per_token, backend, precision, threads, cache) as model:
         result = run_bench(
             model,
             prompt_tokens=prompt_tokens,

@@ -12,6 +12,7 @@ import typer
 
 from flashmoe.cli.lines import reader
 from flashmoe.cli.options import (
+    Backend,
     Cache,
     Context,
     Eos,
@@ -48,22 +49,24 @@ def chat(
         typer.Option("--think/--no-think", help="Whether the model reasons before it answers."),
     ] = None,
     load: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A conversation that /save wrote.")
+        Path | None, typer.Option(metavar="FILE", help="Continue a conversation saved with /save.")
     ] = None,
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     seed: Seed = None,
     eos: Eos = None,
     experts_per_token: Experts = "auto",
+    backend: Backend = "auto",
     precision: Precision = "int8",
     threads: Threads = None,
     cache: Cache = None,
     context: Context = None,
 ) -> None:
-    """Talk with a model. /help lists what else it understands; Ctrl-C stops an answer.
+    """Chat with a model. /help lists the commands; Ctrl-C stops an answer.
 
-    Answers go to stdout; reasoning, dimmed, and all else to stderr. Long lines are edited and
-    earlier ones found with the arrow keys; a line that ends with \\ goes on in the next.
+    Answers go to stdout; everything else, including the reasoning (dimmed), goes to stderr. The
+    arrow keys edit the line and recall earlier ones; a line that ends with \\ continues on the
+    next.
 
     \b
     Examples:
@@ -71,7 +74,9 @@ def chat(
       flashmoe chat demo --system "Answer in one sentence."
       flashmoe chat ./packed --load talk.json
     """
-    with open_model(source, experts_per_token, precision, threads, cache, context) as model:
+    with open_model(
+        source, experts_per_token, backend, precision, threads, cache, context
+    ) as model:
         if model.chat_template is None:
             raise ArgumentError(
                 f"{model.directory}: the checkpoint has no chat template; use flashmoe generate"

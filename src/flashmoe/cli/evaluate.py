@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flashmoe.cli.options import Cache, Experts, Json, Precision, Source, Threads
+from flashmoe.cli.options import Backend, Cache, Experts, Json, Precision, Source, Threads
 from flashmoe.cli.progress import Bar
 from flashmoe.cli.running import open_model
 from flashmoe.errors import ArgumentError
@@ -62,6 +62,7 @@ def evaluate(
         int, typer.Option("--max-tokens", "-n", min=1, metavar="N", help="Of an answer.")
     ] = 512,
     experts_per_token: Experts = "auto",
+    backend: Backend = "auto",
     precision: Precision = "int8",
     threads: Threads = None,
     cache: Cache = None,
@@ -94,7 +95,7 @@ def evaluate(
     result: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
         model = stack.enter_context(
-            open_model(source, experts_per_token, precision, threads, cache)
+            open_model(source, experts_per_token, backend, precision, threads, cache)
         )
         result["model"] = _setting(model)
         other = None
@@ -104,6 +105,7 @@ def evaluate(
                 open_model(
                     reference or source,
                     experts,
+                    backend,
                     reference_precision or precision,
                     threads,
                     cache,

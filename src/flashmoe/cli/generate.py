@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from flashmoe.cli.options import (
+    Backend,
     Cache,
     Context,
     Eos,
@@ -29,10 +30,11 @@ DEMO_PROMPT = "What is a mixture of experts?"
 
 
 def demo(
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to answer.")] = DEMO_PROMPT,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The prompt.")] = DEMO_PROMPT,
     max_tokens: MaxTokens = 200,
     temperature: Temperature = None,
     seed: Seed = None,
+    backend: Backend = "auto",
     as_json: Json = False,
 ) -> None:
     """Stream text from the small model that comes with flashmoe. No network.
@@ -42,7 +44,7 @@ def demo(
       flashmoe demo
       flashmoe demo "Continue: The old man looked at the sea." --seed 1
     """
-    with open_model("demo") as model:
+    with open_model("demo", backend=backend) as model:
         messages = [{"role": "user", "content": prompt}]
         ids = model.prompt_ids(messages)
         tokens = model.generate(ids, max_tokens=max_tokens, temperature=temperature, seed=seed)
@@ -55,15 +57,15 @@ def generate(
     prompt: Annotated[
         str | None,
         typer.Argument(
-            metavar="PROMPT", help="What to answer; standard input if '-' or not given."
+            metavar="PROMPT", help="The prompt; read from standard input if '-' or not given."
         ),
     ] = None,
     chat: Annotated[
         bool | None,
         typer.Option(
             "--chat/--raw",
-            help="Render the prompt as a user's turn, or take it as it is. If neither is given: "
-            "--chat where the model has a chat template.",
+            help="Answer the prompt as a chat message, or continue it as plain text. If neither is "
+            "given: --chat if the model has a chat template.",
         ),
     ] = None,
     system: Annotated[
@@ -76,30 +78,37 @@ def generate(
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     top_k: Annotated[
-        int | None, typer.Option(metavar="K", help="Keep the K most probable tokens; 0: all.")
+        int | None,
+        typer.Option(metavar="K", help="Sample from the K most probable tokens; 0: all."),
     ] = None,
     top_p: Annotated[
         float | None,
-        typer.Option(metavar="P", help="Keep the most probable tokens that sum to P; 1: all."),
+        typer.Option(
+            metavar="P", help="Sample from the most probable tokens that sum to P; 1: all."
+        ),
     ] = None,
     min_p: Annotated[
         float | None,
-        typer.Option(metavar="P", help="Keep tokens P times as probable as the first; 0: all."),
+        typer.Option(
+            metavar="P", help="Drop tokens less than P times as probable as the top one; 0: none."
+        ),
     ] = None,
     repetition_penalty: Annotated[
-        float | None, typer.Option(metavar="X", help="Divides the logits of tokens seen; 1: off.")
+        float | None,
+        typer.Option(metavar="X", help="Divide the logits of tokens already seen; 1: off."),
     ] = None,
     presence_penalty: Annotated[
         float | None,
-        typer.Option(metavar="X", help="Subtracted from logits of tokens generated; 0: off."),
+        typer.Option(metavar="X", help="Subtract from the logits of generated tokens; 0: off."),
     ] = None,
     seed: Seed = None,
     stop: Annotated[
         list[str] | None,
-        typer.Option(metavar="TEXT", help="End before this text; may be given several times."),
+        typer.Option(metavar="TEXT", help="End before this text; can be repeated."),
     ] = None,
     eos: Eos = None,
     experts_per_token: Experts = "auto",
+    backend: Backend = "auto",
     precision: Precision = "int8",
     threads: Threads = None,
     cache: Cache = None,
@@ -138,7 +147,9 @@ def generate(
     Sampling().override(**sampling)  # refuses bad values before a large model is loaded
     if chat is False and (system is not None or think is not None):
         raise ArgumentError("--system and --think belong to a conversation; leave out --raw")
-    with open_model(source, experts_per_token, precision, threads, cache, context) as model:
+    with open_model(
+        source, experts_per_token, backend, precision, threads, cache, context
+    ) as model:
         conversing = system is not None or think is not None
         chatting = conversing or model.chat_template is not None if chat is None else chat
         options: dict[str, Any] = {

@@ -15,21 +15,19 @@ def info(
         str | None,
         typer.Argument(
             metavar="MODEL",
-            help="A hub id, a directory, or 'demo'; the published models if not given.",
+            help="A hub id, a directory, or 'demo'; if not given, the published models.",
             show_default=False,
         ),
     ] = None,
     experts_per_token: Experts = "auto",
     machine: Annotated[
         str | None,
-        typer.Option(
-            metavar="MAC", help="Another machine, like 'M3 Max 48GB'; this one if not given."
-        ),
+        typer.Option(metavar="MAC", help="Ask about another machine, such as 'M3 Max 48GB'."),
     ] = None,
     threads: Annotated[
         int | None,
         typer.Option(
-            min=1, max=MAX_THREADS, metavar="N", help="Of the CPU; all cores if not given."
+            min=1, max=MAX_THREADS, metavar="N", help="CPU threads; if not given, all cores."
         ),
     ] = None,
     cache: Annotated[
@@ -38,10 +36,10 @@ def info(
     ] = None,
     disk_rate: Annotated[
         float | None,
-        typer.Option(metavar="GB/S", help="Of the SSD; measured or assumed if not given."),
+        typer.Option(metavar="GB/S", help="Speed of the SSD; if not given, measured or assumed."),
     ] = None,
     memory_rate: Annotated[
-        float | None, typer.Option(metavar="GB/S", help="Of memory; measured if not given.")
+        float | None, typer.Option(metavar="GB/S", help="Speed of memory; if not given, measured.")
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -18,13 +18,19 @@ Experts = Annotated[
         "--experts-per-token",
         "-e",
         metavar="N|auto",
-        help="Experts a layer runs for a token, at most the model's own number; 0 for all of "
-        "those; auto for 4 of Qwen3.5-397B-A17B's, and all of any other's.",
+        help="Experts that each layer runs for a token, at most the model's own number. 0: the "
+        "model's own; auto: the same, but 4 of 10 for Qwen3.5-397B-A17B.",
+    ),
+]
+Backend = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME", help="cpu; metal, a Mac's GPU; or auto: the GPU on a Mac, else the CPU."
     ),
 ]
 Precision = Annotated[
     str,
-    typer.Option(metavar="NAME", help="int8, or float32: activations unquantized, the reference."),
+    typer.Option(metavar="NAME", help="int8, or float32: exact activations, the reference."),
 ]
 Threads = Annotated[
     int | None,
@@ -32,29 +38,30 @@ Threads = Annotated[
         min=1,
         max=MAX_THREADS,
         metavar="N",
-        help="To compute with; all physical cores if not given.",
+        help="Threads to compute with; if not given, one per physical core.",
     ),
 ]
 Cache = Annotated[
     str | None,
     typer.Option(
         metavar="SIZE",
-        help="Memory for experts, as 4GB; 0 leaves it to the page cache. If not given, what 70 % "
-        "of the available memory have room for.",
+        help="Memory for experts, such as 4GB; 0 leaves caching to the system. If not given, what "
+        "fits in 70 % of the available memory.",
     ),
 ]
 Context = Annotated[
     int | None,
     typer.Option(
-        min=1, metavar="N", help="Most tokens of a sequence; the model's own if not given."
+        min=1, metavar="N", help="Maximum tokens of a sequence; if not given, the model's own."
     ),
 ]
 MaxTokens = Annotated[
-    int | None, typer.Option("--max-tokens", "-n", min=0, metavar="N", help="To generate at most.")
+    int | None,
+    typer.Option("--max-tokens", "-n", min=0, metavar="N", help="Generate at most N tokens."),
 ]
 Temperature = Annotated[
     float | None,
-    typer.Option(metavar="T", help="0 is greedy. This and what follows: the model's if not given."),
+    typer.Option(metavar="T", help="0 is greedy; if not given, the model's own."),
 ]
 Seed = Annotated[
     int | None, typer.Option(min=0, metavar="N", help="The same seed draws the same tokens.")
@@ -63,8 +70,7 @@ Eos = Annotated[
     list[str] | None,
     typer.Option(
         metavar="TOKEN",
-        help="End after this token too, as the tokenizer writes it or its id; may be given several "
-        "times.",
+        help="Also end after this token, given as text or as an id; can be repeated.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]

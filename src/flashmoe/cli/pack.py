@@ -12,13 +12,13 @@ from flashmoe.cli.progress import Bar
 
 
 def pack(
-    source: Annotated[
-        str, typer.Argument(metavar="SRC", help="A hub id, or a directory: bf16, or MLX's affine.")
-    ],
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A hub id, a directory, or 'demo'.")],
     destination: Annotated[
-        str, typer.Argument(metavar="DST", help="A new directory, or one that pack began to fill.")
+        str, typer.Argument(metavar="DST", help="A new directory, or an unfinished pack.")
     ],
-    bits: Annotated[int, typer.Option(metavar="2|4|8|16", help="16 quantizes nothing.")] = 4,
+    bits: Annotated[
+        int, typer.Option(metavar="2|4|8|16", help="Bits per weight; 16: do not quantize.")
+    ] = 4,
     group_size: Annotated[
         int, typer.Option(metavar="32|64|128", help="Weights that share a scale and a bias.")
     ] = 64,

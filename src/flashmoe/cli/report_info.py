@@ -57,13 +57,13 @@ def _speed(f: Fit) -> list[str]:
     if not f.fits_memory:
         return lines
     text, random = f.on_text, f.prediction
-    speed = f"about {_rate(text.tokens_per_second)} tok/s predicted"
+    speed = f"about {rate(text.tokens_per_second)} tok/s predicted"
     if f.reads_disk:
         speed += (
-            f" if experts repeat as on text, {_rate(random.tokens_per_second)} if all are equally "
+            f" if experts repeat as on text, {rate(random.tokens_per_second)} if all are equally "
             "likely"
         )
-    limit = f"{_rate(text.limit)}" if f.reads_disk else f"{_rate(random.limit)}"
+    limit = f"{rate(text.limit)}" if f.reads_disk else f"{rate(random.limit)}"
     lines.append(f"  {speed}; {limit} if only bytes took time")
     parts = {
         "mixers": text.mixer,
@@ -108,7 +108,7 @@ def family_lines(family: Sequence[tuple[Published, Fit]]) -> list[str]:
     for model, fit in family:
         speed = limit = "-"
         if fit.fits_memory:
-            speed, limit = (_rate(x) for x in (fit.on_text.tokens_per_second, fit.on_text.limit))
+            speed, limit = (rate(x) for x in (fit.on_text.tokens_per_second, fit.on_text.limit))
         lines.append(
             f"  {model.name:46} {size(model.disk):>8}  {size(model.resident):>8}"
             f"{fit.cached_share:>8.0%}{speed:>7}{limit:>7}  {verdict(fit)}"
@@ -131,7 +131,7 @@ def verdict(f: Fit) -> str:
     return "fits this machine" if f.machine == "this machine" else f"fits {f.machine}"
 
 
-def _rate(tokens_per_second: float) -> str:
+def rate(tokens_per_second: float) -> str:
     """Two digits where a prediction deserves no more, no exponents."""
     return f"{tokens_per_second:.0f}" if tokens_per_second >= 10 else f"{tokens_per_second:.1f}"
 

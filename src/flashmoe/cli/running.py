@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 def open_model(
     source: str,
     experts_per_token: str = "auto",
+    backend: str = "auto",
     precision: str = "int8",
     threads: int | None = None,
     cache: str | None = None,
@@ -31,10 +33,11 @@ def open_model(
     """A model, opened with progress on stderr, that says what is in force."""
     from flashmoe.generate.model import Model  # noqa: PLC0415
 
-    with Bar("loading", "bytes") as progress:
+    with _log_on_stderr(), Bar("loading", "bytes") as progress:
         model = Model(
             source,
             experts_per_token=parse_experts(experts_per_token),
+            backend=backend,
             precision=precision,
             threads=threads,
             cache=cache,
@@ -42,13 +45,21 @@ def open_model(
             progress=progress,
         )
     with model:
-        own = model.config.num_experts_per_tok
-        typer.echo(
-            f"{source}: {model.experts_per_token} of {model.config.num_experts} experts per token "
-            f"(the model's own: {own}), {model.precision}, threads: {model.threads}",
-            err=True,
-        )
         yield model
+
+
+@contextlib.contextmanager
+def _log_on_stderr() -> Iterator[None]:
+    """What the library logs goes to stderr: what is in force, and warnings."""
+    log, handler = logging.getLogger("flashmoe"), logging.StreamHandler()
+    before = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+        log.removeHandler(handler)
 
 
 def stream(model: Model, tokens: Tokens, as_json: bool) -> None:

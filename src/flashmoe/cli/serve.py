@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from flashmoe.cli.options import Cache, Context, Experts, Precision, Source, Threads
+from flashmoe.cli.options import Backend, Cache, Context, Experts, Precision, Source, Threads
 from flashmoe.cli.running import open_model
 from flashmoe.errors import ArgumentError
 
@@ -17,32 +17,34 @@ def serve(
     source: Source,
     host: Annotated[
         str,
-        typer.Option(metavar="ADDRESS", help="To listen at; 0.0.0.0 for every one there is."),
+        typer.Option(metavar="ADDRESS", help="Address to listen at; 0.0.0.0: all of them."),
     ] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option(min=0, max=65535, metavar="N", help="0 for any that is free.")
+        int, typer.Option(min=0, max=65535, metavar="N", help="Port to listen at; 0: any free one.")
     ] = 8080,
     cors: Annotated[
         list[str] | None,
         typer.Option(
             metavar="ORIGIN",
-            help="A page's origin, as https://chat.example, whose scripts may ask, or *; may be "
-            "given several times. If not given: pages of this machine.",
+            help="Origin of web pages that may call the server, such as https://chat.example, or "
+            "*; can be repeated. If not given, only pages of this machine may.",
         ),
     ] = None,
     api_key: Annotated[
-        str | None, typer.Option(metavar="KEY", help="That clients must send; none if not given.")
+        str | None,
+        typer.Option(metavar="KEY", help="Key that clients must send; if not given, none."),
     ] = None,
     log_prompts: Annotated[
-        bool, typer.Option("--log-prompts", help="Log what is asked and answered too.")
+        bool, typer.Option("--log-prompts", help="Also log prompts and answers.")
     ] = False,
     experts_per_token: Experts = "auto",
+    backend: Backend = "auto",
     precision: Precision = "int8",
     threads: Threads = None,
     cache: Cache = None,
     context: Context = None,
 ) -> None:
-    """Serve a model to clients of OpenAI's and Anthropic's API, until Ctrl-C.
+    """Serve a model over OpenAI's and Anthropic's API, until Ctrl-C.
 
     \b
     Examples:
@@ -61,7 +63,7 @@ def serve(
     # Before the model, which may take minutes.
     with (
         bind(host, port) as listener,
-        open_model(source, experts_per_token, precision, threads, cache, context) as model,
+        open_model(source, experts_per_token, backend, precision, threads, cache, context) as model,
     ):
         logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s")
         logging.getLogger("flashmoe.serve").setLevel(logging.INFO)

@@ -33,11 +33,15 @@ def verify(source: Source, as_json: Json = False) -> None:
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=2))
     else:
-        said = {True: "as on the hub", False: "NOT AS ON THE HUB", None: "no hash is known"}
+        said = {
+            True: "as on the hub",
+            False: "NOT AS ON THE HUB",
+            None: "the download left no hash",
+        }
         for file in found.files:
             typer.echo(f"{file.name}: {size(file.nbytes)}, {said[file.published]}")
         if found.searched:
-            typer.echo(f"searched for zeros: {size(found.searched)} of weights")
+            typer.echo(f"searched {size(found.searched)} of weights for holes")
         for fault in found.faults[:SHOWN]:
             typer.echo(f"wrong: {fault}")
         if len(found.faults) > SHOWN:

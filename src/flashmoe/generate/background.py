@@ -39,8 +39,11 @@ class Background(AsyncIterator[_T], Generic[_T]):
         self._cancel()
 
     async def aclose(self) -> None:
-        """Stops the work."""
-        await self._stream.aclose()
+        """Stops the work: an item that another task waits for ends within a layer."""
+        if self._stream.ag_running:  # type: ignore[attr-defined]
+            self._cancel()
+        else:
+            await self._stream.aclose()
 
     async def _run(self) -> AsyncGenerator[_T, None]:
         loop = asyncio.get_running_loop()

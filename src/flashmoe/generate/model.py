@@ -26,6 +26,7 @@ from flashmoe.generate.constraint import Constraint, constraint_of
 from flashmoe.generate.conversations import Conversations
 from flashmoe.generate.dialect import Dialect
 from flashmoe.generate.engine import Progress, open_engine
+from flashmoe.generate.in_force import in_force, kernels_of, runs_fewer
 from flashmoe.generate.options import (
     check_choice,
     check_count,
@@ -58,7 +59,6 @@ log = logging.getLogger("flashmoe")
 PRECISIONS = ("int8", "float32")
 BACKENDS = ("auto", "cpu", "metal")
 MAX_THREADS = 1024
-_LEAST_RESERVE = 256 << 20  # bytes of memory that a cache never grows into
 _open_models: weakref.WeakSet[Model] = weakref.WeakSet()
 
 
@@ -66,6 +66,8 @@ class Model:
     """A Mixture-of-Experts model whose experts are read from disk as tokens need them.
 
     Several threads may use one model: they take turns, a token or a chunk of a prompt each.
+    `in_force` says in one line how it runs, as does its repr; the logger "flashmoe" has it too, as
+    a warning where fewer experts run than the model's own.
 
     Args:
         source: a hub id such as "mlx-community/Qwen3.5-397B-A17B-4bit" (downloaded on first use), a
@@ -146,18 +148,9 @@ class Model:
         self.backend = self._native.backend
         self._totals: Mapping[str, float] = self._native.stats()
         self._meter = Meter(self._totals)
-        cache = self.setting.cache_bytes
-        log.info(
-            "%s: %d of %d experts per token (the model's own number is %d), %s, %s, %d threads, %s",
-            self.source,
-            self.experts_per_token,
-            config.num_experts,
-            config.num_experts_per_tok,
-            self.backend,
-            precision,
-            self.threads,
-            f"{cache / 1e9:.2f} GB for experts" if cache else "page cache for experts",
-        )
+        self.in_force = in_force(config, self.setting, self.backend, self.context)
+        level = logging.WARNING if runs_fewer(config, self.setting) else logging.INFO
+        log.log(level, "%s: %s", self.source, self.in_force)
 
     def __enter__(self) -> Model:
         return self
@@ -166,10 +159,7 @@ class Model:
         self.close()
 
     def __repr__(self) -> str:
-        return (
-            f"Model({self.source!r}, experts_per_token={self.experts_per_token}, "
-            f"precision={self.precision!r}, threads={self.threads})"
-        )
+        return f"<flashmoe.Model {self.source}: {self.in_force}>"
 
     def close(self) -> None:
         """Frees memory and files and ends threads; using the model afterwards raises StateError.
@@ -220,12 +210,9 @@ class Model:
     @property
     def stats(self) -> Stats:
         """What the latest `generate()` or `logits()` took, to date if it is not over."""
-        from flashmoe import _native  # noqa: PLC0415
-
         with contextlib.suppress(StateError):  # closed: what it was then
             self._totals = self._native.stats()
-        kernels = _native.cpu_kernels() if self.backend == "cpu" else self.backend
-        return self._meter.stats(self._totals, self.setting, kernels)
+        return self._meter.stats(self._totals, self.setting, kernels_of(self.backend))
 
     def layer_times(self) -> list[dict[str, float]]:
         """Seconds spent in each layer since the model was opened, by part, as the host saw them.
