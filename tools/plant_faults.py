@@ -121,7 +121,7 @@ FAULTS = (
         P + "measure/fit.py",
         "share = max(0, available - sizes.resident) / sizes.experts",
         "share = max(0, available) / sizes.experts",
-        "info",
+        "info time_model",
     ),
     Fault(P + "pack/convert.py", "+ 0x7FFF +", "+ 0x8000 +", "pack"),
     Fault(
