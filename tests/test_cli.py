@@ -52,7 +52,6 @@ def test_text_goes_to_stdout_and_all_else_to_stderr(model: str) -> None:
     [
         ["demo"],
         ["chat", "demo"],
-        ["serve", "demo", "--port", "0"],
         ["generate", "demo", "x"],
         ["bench", "demo"],
         ["eval", "demo", "--text", __file__],

@@ -158,3 +158,16 @@ def test_an_address_that_is_taken_is_said_before_the_model_is_loaded(demo) -> No
     assert done.returncode == 2
     assert f"cannot listen at 127.0.0.1, port {demo.port}" in done.stderr
     assert "experts per token" not in done.stderr
+
+
+def test_serving_takes_a_backend() -> None:
+    command = [sys.executable, "-m", "flashmoe", "serve", "demo", "--port", "0"]
+    run = subprocess.run(
+        [*command, "--backend", "abacus"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 2
+    assert "backend must be one of" in run.stderr
